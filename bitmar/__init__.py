@@ -1,0 +1,1 @@
+"""The trainer: model, engine, observability, evaluation."""

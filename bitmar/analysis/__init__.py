@@ -1,0 +1,1 @@
+"""Offline analysis of attention heads; nothing in the trainer imports it."""

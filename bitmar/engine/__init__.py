@@ -1,0 +1,1 @@
+"""Processes, DeepSpeed ZeRO, schedule, checkpoints, faults."""

@@ -1,0 +1,1 @@
+"""Writers of models for use outside this trainer."""

@@ -1,0 +1,1 @@
+"""BitMar: quantised layers, text and vision encoders, fusion, episodic memory, decoder."""

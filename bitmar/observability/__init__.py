@@ -1,0 +1,1 @@
+"""Statistics of the whole cluster: schema, reduction, rank-0 sinks, plots."""

@@ -1,0 +1,1 @@
+"""The data plane: records, tars, indexes, tokens, order, loader. Knows no model."""
