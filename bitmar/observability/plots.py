@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from bitmar.observability.records import METRICS_FILE, read_lines
@@ -68,9 +69,7 @@ _LOSSES = (
     ),
 )
 _THROUGHPUT = (
-    _Panel(
-        "Samples", "samples/s", (_Curve("Throughput/Samples_Per_Second", "all ranks", _BLUE),), whole=True
-    ),
+    _Panel("Samples", "samples/s", (_Curve("Throughput/Samples_Per_Second", "all ranks", _BLUE),), whole=True),
     _Panel("Tokens", "tokens/s", (_Curve("Throughput/Tokens_Per_Second", "all ranks", _GREEN),), whole=True),
     _Panel(
         "Time of a step",
@@ -153,9 +152,8 @@ def phase_spans(series: Series) -> list[tuple[int, float, float]]:
 
 
 def _figure(title: str, panels: tuple[_Panel, ...], series: Series, names: Sequence[str]) -> Figure:
-    figure = Figure(figsize=(11, 1.0 + 2.9 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(11, 1.0 + 2.9 * len(panels)), layout=ConstrainedLayoutEngine(h_pad=0.1))
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(h_pad=0.1)  # pyright: ignore[reportOptionalMemberAccess, reportCallIssue]
     figure.suptitle(title, fontsize=14, fontweight="bold")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     steps = series.get(STEP_METRIC, (np.zeros(1), np.zeros(1)))[0]

@@ -65,9 +65,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 fields = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: not JSON ({error.msg}); mend or remove the line"
-                ) from error
+                raise ValueError(f"{path}:{number}: not JSON ({error.msg}); mend or remove the line") from error
             if not isinstance(fields, dict):
                 raise ValueError(f"{path}:{number}: not a JSON object; mend or remove the line")
             yield fields

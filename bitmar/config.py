@@ -1,0 +1,406 @@
+"""The run's configuration: frozen dataclasses, filled from YAML and dotted overrides, checked when built.
+
+Every number of a run has one owner. This file (and the recipe that fills it) owns batch sizes, rates,
+clip, precision and the model; `ds_configs/*.json` own the ZeRO stage, offload and communication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+COMPONENTS = ("embedding", "encoder", "vision", "fusion", "memory", "decoder")
+LOSSES = ("lm", "contrastive", "recall")
+
+
+class ConfigError(ValueError):
+    """A recipe that cannot be run; the message names the field, its value and what would do."""
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def _positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{section}.{name} must be > 0, got {value}")
+
+
+def _not_negative(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0, f"{section}.{name} must be >= 0, got {value}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "run"
+    directory: str = "runs"
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.name) and "/" not in self.name and not self.name.startswith("."),
+            f"run.name must be a plain folder name, got {self.name!r}",
+        )
+        _require(0 <= self.seed < 2**31, f"run.seed must lie in [0, 2^31), got {self.seed}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    shards: str
+    row_tokens: int = 256  # positions of a row; longer records go on in the next row
+    words_limit: int = 100_000_000  # BabyLM: words the training split may hold
+    prefetch_steps: int = 2
+
+    def __post_init__(self) -> None:
+        _positive("data", self, "row_tokens", "words_limit", "prefetch_steps")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 16_384
+    width: int = 384  # D
+    heads: int = 6
+    ffn_width: int = 1024
+    encoder_layers: int = 3
+    decoder_layers: int = 3
+    vision_layers: int = 1
+    fusion_layers: int = 1
+    vision_tokens: int = 4  # P
+    vision_encoder_dim: int = 768  # width of the image vector
+    vision_hidden_size: int = 384
+    vision_latent_size: int = 384
+    text_latent_size: int = 384
+    vision_quantization: bool = True
+    quantization: bool = True  # False: the same model without any rounding
+    memory_size: int = 128  # K
+    episode_dim: int = 384  # C
+    memory_alpha: float = 0.3  # weight of the new episode where it blends into a slot
+    memory_match: float = 0.5  # cosine above which an episode matches a slot of its image
+    memory_addressing: Literal["attention", "larimar"] = "attention"
+    memory_noise: float = 0.0  # standard deviation of the write noise (Larimar), keys of unit length
+    writes_per_step: int = 4
+    recall_group: int = 4  # consecutive rows that share one copy of the memory in the recall loss
+    contrastive_group: int = 16  # consecutive rows of the global order that are each other's negatives
+    dropout: float = 0.0
+    rotary_base: float = 500_000.0
+    text_encoder: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.text_encoder is None,
+            f"model.text_encoder: {self.text_encoder!r} names pretrained weights, and BitMar trains from scratch: "
+            "words seen in pretraining count against BabyLM's limit, and full-precision weights do not survive "
+            "rounding to three values; remove the key",
+        )
+        _positive(
+            "model",
+            self,
+            *(
+                "vocab_size",
+                "width",
+                "heads",
+                "ffn_width",
+                "encoder_layers",
+                "decoder_layers",
+                "vision_layers",
+            ),
+            *("fusion_layers", "vision_encoder_dim", "vision_hidden_size", "vision_latent_size"),
+            *("text_latent_size", "memory_size", "episode_dim", "recall_group", "rotary_base"),
+        )
+        _not_negative("model", self, "memory_noise", "writes_per_step")
+        _require(self.vision_tokens > 1, f"model.vision_tokens must be > 1, got {self.vision_tokens}: "
+                 "attention over a single key has weights of exactly 1 and learns nothing")  # fmt: skip
+        _require(self.width % self.heads == 0 and (self.width // self.heads) % 2 == 0,
+                 f"model.width {self.width} must be an even multiple of model.heads {self.heads}")  # fmt: skip
+        _require(self.text_latent_size == self.vision_latent_size,
+                 f"model.text_latent_size {self.text_latent_size} must equal model.vision_latent_size "
+                 f"{self.vision_latent_size}: the contrastive loss compares the two")  # fmt: skip
+        _require(self.contrastive_group > 1, f"model.contrastive_group must be > 1, got {self.contrastive_group}")
+        _require(0 < self.memory_alpha <= 1, f"model.memory_alpha must lie in (0, 1], got {self.memory_alpha}")
+        _require(-1 <= self.memory_match <= 1, f"model.memory_match must lie in [-1, 1], got {self.memory_match}")
+        _require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One phase: what it reads, how long, what it optimises. Exactly one of epochs, words, steps."""
+
+    name: str
+    mix: dict[str, float]
+    losses: dict[str, float]
+    train: tuple[str, ...] = COMPONENTS
+    write_memory: bool = False
+    epochs: float | None = None
+    words: int | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        where = f"phases[{self.name}]"
+        given = [n for n in ("epochs", "words", "steps") if getattr(self, n) is not None]
+        _require(len(given) == 1, f"{where} needs exactly one of epochs, words, steps, got {given or 'none'}")
+        length = getattr(self, given[0])
+        _require(length > 0, f"{where}.{given[0]} must be > 0, got {length}")
+        _require(bool(self.mix) and all(w > 0 for w in self.mix.values()),
+                 f"{where}.mix must give each source a weight > 0, got {self.mix}")  # fmt: skip
+        for name, weight in self.losses.items():
+            _require(name in LOSSES, f"{where}.losses: unknown loss {name!r}, one of {', '.join(LOSSES)}")
+            _require(weight >= 0, f"{where}.losses.{name} must be >= 0, got {weight}")
+        _require(
+            self.losses.get("lm", 0) > 0,
+            f"{where}.losses.lm must be > 0: every phase trains the language model",
+        )
+        for name in self.train:
+            _require(
+                name in COMPONENTS,
+                f"{where}.train: unknown component {name!r}, one of {', '.join(COMPONENTS)}",
+            )
+        _require(bool(self.train), f"{where}.train is empty: nothing would be trained")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The two-stage schedule of the 1.58-bit recipe (see bitmar/engine/schedule.py)."""
+
+    peak_rate: float = 1.5e-3
+    second_rate: float = 1.0e-3  # the peak from half way on
+    final_rate: float = 0.0
+    warmup_steps: int = 375
+    weight_decay: float = 0.1  # 0 from half way on
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1.0e-8
+
+    def __post_init__(self) -> None:
+        _positive("optimizer", self, "peak_rate", "second_rate", "eps")
+        _not_negative("optimizer", self, "final_rate", "warmup_steps", "weight_decay")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), got {value}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    global_batch: int = 64  # rows an optimizer step, over all ranks
+    micro_batch: int = 32  # rows a rank and forward pass
+    gradient_clip: float = 1.0
+    max_epochs: int = 10  # BabyLM: how often a source may be read over the whole run
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    max_steps: int | None = None  # stop early after so many optimizer steps in all
+
+    def __post_init__(self) -> None:
+        _positive("training", self, "global_batch", "micro_batch", "gradient_clip", "max_epochs")
+        _require(
+            self.max_steps is None or self.max_steps > 0,
+            f"training.max_steps must be > 0, got {self.max_steps}",
+        )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    ds_config: str = "ds_configs/zero1.json"
+    activation_checkpointing: bool = False
+    threads_per_rank: int | None = None  # CPU threads; None: cores divided by the node's ranks
+    timeout_s: int = 1800  # a collective that takes longer ends the run
+
+    def __post_init__(self) -> None:
+        _positive("engine", self, "timeout_s")
+        _require(self.threads_per_rank is None or self.threads_per_rank > 0,
+                 f"engine.threads_per_rank must be > 0, got {self.threads_per_rank}")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 500
+    keep_last: int = 2
+    resume: str = "auto"  # auto | never | a checkpoint's folder
+
+    def __post_init__(self) -> None:
+        _positive("checkpoint", self, "every_steps", "keep_last")
+        _require(bool(self.resume), "checkpoint.resume must be auto, never or a checkpoint's folder, got ''")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    every_steps: int = 250
+    max_samples: int = 1024
+    micro_batch: int = 32
+
+    def __post_init__(self) -> None:
+        _positive("validation", self, "every_steps", "max_samples", "micro_batch")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    log_every_n_steps: int = 50
+    wandb: Literal["auto", "offline", "online", "disabled"] = "auto"
+    wandb_project: str = "bitmar"
+
+    def __post_init__(self) -> None:
+        _positive("logging", self, "log_every_n_steps")
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataConfig
+    phases: tuple[PhaseConfig, ...]
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        t, m = self.training, self.model
+        _require(bool(self.phases), "phases is empty: give at least one phase")
+        _require(t.global_batch % t.micro_batch == 0,
+                 f"training.global_batch {t.global_batch} must be a multiple of training.micro_batch {t.micro_batch}")  # fmt: skip
+        contrastive = any(p.losses.get("contrastive", 0) > 0 for p in self.phases)
+        _require(not contrastive or t.micro_batch % m.contrastive_group == 0 or m.contrastive_group % t.micro_batch == 0,
+                 f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {t.micro_batch} "
+                 "or be a multiple of it")  # fmt: skip
+        recall = any(p.losses.get("recall", 0) > 0 for p in self.phases)
+        _require(not recall or t.micro_batch % m.recall_group == 0,
+                 f"training.micro_batch {t.micro_batch} must be a multiple of model.recall_group {m.recall_group}")  # fmt: skip
+        names = [p.name for p in self.phases]
+        _require(len(set(names)) == len(names), f"phases need names of their own, got {names}")
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.run.directory) / self.run.name
+
+    def check_world(self, world_size: int) -> None:
+        """Refuse a batch that `world_size` ranks do not divide. Raises ConfigError."""
+        t, m = self.training, self.model
+        together = t.micro_batch * world_size
+        _require(t.global_batch % together == 0,
+                 f"training.global_batch {t.global_batch} is not divided by training.micro_batch {t.micro_batch} x "
+                 f"{world_size} ranks; a multiple of {together} would do, or another micro-batch")  # fmt: skip
+        contrastive = any(p.losses.get("contrastive", 0) > 0 for p in self.phases)
+        _require(not contrastive or together % m.contrastive_group == 0,
+                 f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {t.micro_batch} x "
+                 f"{world_size} ranks = {together}: its rows are compared within one forward pass")  # fmt: skip
+
+    def accumulation_steps(self, world_size: int) -> int:
+        return self.training.global_batch // (self.training.micro_batch * world_size)
+
+
+def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a recipe and apply `key.path=value` overrides (values are YAML). Raises ConfigError."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe {path} does not exist; recipes lie in launch/recipes/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of sections, got {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return _build(Config, raw, "")
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal Config."""
+    plain = dataclasses.asdict(config)
+    return yaml.safe_dump(_plain(plain), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value`; a list element is named by its index (phases.0.steps=10)."""
+    path, equals, text = override.partition("=")
+    _require(bool(equals and path), f"override {override!r} must have the form key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+    node: Any = raw
+    keys = path.split(".")
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            _require(key.isdigit() and int(key) < len(node),
+                     f"override {override!r}: {key!r} is no index into {'.'.join(keys[:depth])} (0 to {len(node) - 1})")  # fmt: skip
+            index: Any = int(key)
+        else:
+            _require(
+                isinstance(node, dict),
+                f"override {override!r}: {'.'.join(keys[:depth])} holds a single value",
+            )
+            index = key
+            if not last and node.get(key) is None:
+                node[key] = {}
+        if last:
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def _build(cls: type, raw: dict[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in raw:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names)}"
+            raise ConfigError(f"unknown key {path}{key}{hint}")
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        if f.name in raw:
+            values[f.name] = _convert(hints[f.name], raw[f.name], f"{path}{f.name}")
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"missing key {path}{f.name}")
+    return cls(**values)
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    """Check `value` against the annotation `kind`; ints serve as floats, "1e-3" too (YAML reads it as text)."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        _require(isinstance(value, dict), f"{path} must be a section of keys, got {value!r}")
+        return _build(typing.cast(type, kind), value, path + ".")
+    if origin is Literal:
+        _require(value in args, f"{path} must be one of {', '.join(map(str, args))}, got {value!r}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, path)
+    if origin is tuple:
+        _require(isinstance(value, list), f"{path} must be a list, got {value!r}")
+        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        _require(isinstance(value, dict), f"{path} must be a mapping, got {value!r}")
+        return {str(k): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"{path} must be a number, got {value!r}") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        raise ConfigError(f"{path} must be {words[kind]}, got {value!r}")
+    return value

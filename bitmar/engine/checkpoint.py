@@ -1,0 +1,243 @@
+"""Portable checkpoints: whole parameters in safetensors, the same files at any world size and ZeRO stage.
+
+    checkpoints/step_00000500/
+      state.json              step, loader position, words, run id, model, data, checksums of the other files
+      parameters-00000.safetensors ...   model.NAME, exp_avg.NAME, exp_avg_sq.NAME (fp32), in parameter order
+      memory.safetensors      the episodic memory
+      rng.safetensors         torch's generator state of every rank
+
+Written under a temporary name, synced, then renamed: a checkpoint exists whole or not at all. Nothing that is
+loaded can execute code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bitmar.config import Config
+from bitmar.engine.world import World
+from bitmar.engine.zero import ParameterState, ZeroEngine
+from bitmar.model.memory import MemoryState
+
+FORMAT = 1
+FILE_BYTES = 512 * 2**20  # a parameter file is closed when it holds this much
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names it, the reason and the way out."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, apart from tensors. `step` counts optimizer steps since the run began."""
+
+    run_id: str
+    step: int = 0
+    phase: int = 0
+    position: int = 0  # optimizer step inside the phase
+    words: int = 0
+    samples: int = 0
+    initial_loss: float | None = None  # validation before the first step
+    seconds: float = 0.0  # training time so far, over all starts
+
+
+def identity(config: Config, tokenizer_hash: str, data_hash: str) -> dict[str, Any]:
+    """What must be equal for a checkpoint to go on: the model, and all that the order of the data follows from."""
+    return {
+        "model": dataclasses.asdict(config.model),
+        "order": {
+            "run.seed": config.run.seed,
+            "training.global_batch": config.training.global_batch,
+            "data.row_tokens": config.data.row_tokens,
+            "tokenizer": tokenizer_hash,
+            "shards": data_hash,
+        },
+    }
+
+
+def checkpoint_directories(run_directory: Path) -> list[Path]:
+    """Whole checkpoints of a run, newest first."""
+    found = (run_directory / "checkpoints").glob("step_*")
+    return sorted((p for p in found if (p / "state.json").is_file()), reverse=True)
+
+
+def save(
+    run_directory: Path,
+    engine: ZeroEngine,
+    memory: MemoryState,
+    progress: Progress,
+    identity: dict[str, Any],
+    world: World,
+    keep_last: int,
+) -> Path:
+    """Write a checkpoint (a collective), then remove all but the last `keep_last`. Returns its folder."""
+    target = run_directory / "checkpoints" / f"step_{progress.step:08d}"
+    temporary = target.with_name(f".{target.name}.partial")
+    if world.is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    files = _write_parameters(temporary, engine, world.is_first)
+    rng = world.gather(torch.get_rng_state())
+    _check_memory_agrees(memory, world)
+    if world.is_first:
+        save_file({k: v.cpu().contiguous() for k, v in memory.tensors().items()}, temporary / "memory.safetensors")
+        save_file({str(rank): state.contiguous() for rank, state in enumerate(rng)}, temporary / "rng.safetensors")
+        files += ["memory.safetensors", "rng.safetensors"]
+        state = {
+            "format": FORMAT,
+            "progress": dataclasses.asdict(progress),
+            "adam_step": engine.adam_step(),
+            "identity": identity,
+            "sha256": {name: _sha256(temporary / name) for name in files},
+        }
+        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for name in [*files, "state.json"]:
+            _sync(temporary / name)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        _sync(target.parent)
+        for old in checkpoint_directories(run_directory)[keep_last:]:
+            shutil.rmtree(old)
+    world.barrier()
+    return target
+
+
+def load(directory: Path, engine: ZeroEngine, identity: dict[str, Any], world: World) -> tuple[MemoryState, Progress]:
+    """Restore engine, memory, generator and progress. Raises CheckpointError before anything is changed."""
+    state = read_state(directory)
+    _check_identity(directory, state["identity"], identity)
+    if world.is_first:
+        for name, expected in state["sha256"].items():
+            if _sha256(directory / name) != expected:
+                raise CheckpointError(f"checkpoint {directory}: {name} is damaged (checksum); remove the folder")
+    shapes = engine.parameter_shapes()
+    where = _locate(directory, state, shapes)
+    engine.load_states(_read_parameters(directory, where, list(shapes), world.device), state["adam_step"])
+    memory = MemoryState(**load_file(directory / "memory.safetensors", device=str(world.device)))
+    rng = load_file(directory / "rng.safetensors")
+    if str(world.rank) in rng:
+        torch.set_rng_state(rng[str(world.rank)])
+    world.barrier()
+    return memory, Progress(**state["progress"])
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises CheckpointError."""
+    path = directory / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {directory} has no state.json: not a checkpoint, or not whole") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {directory}: state.json cannot be read: {error}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {directory} is not of format {FORMAT}; it was written by another version")
+    return state
+
+
+def _write_parameters(directory: Path, engine: ZeroEngine, writes: bool) -> list[str]:
+    """Gather one parameter at a time on all ranks; the writing rank flushes a file every FILE_BYTES."""
+    files: list[str] = []
+    held: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        name = f"parameters-{len(files):05d}.safetensors"
+        save_file(held, directory / name)
+        files.append(name)
+        held.clear()
+
+    for state in engine.states():
+        if not writes:
+            continue
+        held["model." + state.name] = state.weight.cpu().clone()
+        held["exp_avg." + state.name] = state.exp_avg.cpu().clone()
+        held["exp_avg_sq." + state.name] = state.exp_avg_sq.cpu().clone()
+        if sum(t.nbytes for t in held.values()) >= FILE_BYTES:
+            flush()
+    if held:
+        flush()
+    return files
+
+
+def _locate(directory: Path, state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """File of every tensor, after comparing names and shapes with the model's. Raises CheckpointError."""
+    where: dict[str, str] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    for name in sorted(n for n in state["sha256"] if n.startswith("parameters-")):
+        try:
+            with safe_open(directory / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  (not a mapping)
+                    where[key] = name
+                    found[key] = tuple(file.get_slice(key).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"checkpoint {directory}: {name} cannot be read: {error}") from None
+    for name, shape in shapes.items():
+        for kind in ("model", *MOMENTS):
+            have = found.get(f"{kind}.{name}")
+            if have != shape:
+                what = f"holds {list(have)}" if have else "lacks it"
+                raise CheckpointError(f"checkpoint {directory} is of another model: {kind}.{name} should be "
+                                      f"{list(shape)}, the checkpoint {what}")  # fmt: skip
+    return where
+
+
+def _read_parameters(
+    directory: Path, where: dict[str, str], names: list[str], device: torch.device
+) -> Iterator[ParameterState]:
+    handles = {file: safe_open(directory / file, framework="pt", device=str(device)) for file in set(where.values())}
+    opened = {file: handle.__enter__() for file, handle in handles.items()}
+    for name in names:
+        tensors = (opened[where[f"{kind}.{name}"]].get_tensor(f"{kind}.{name}") for kind in ("model", *MOMENTS))
+        yield ParameterState(name, *tensors)
+    for handle in handles.values():
+        handle.__exit__(None, None, None)
+
+
+def _check_identity(directory: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    for section, meaning in (("model", "another model"), ("order", "another order of the data")):
+        for key in sorted(set(theirs[section]) | set(ours[section])):
+            there, here = theirs[section].get(key), ours[section].get(key)
+            if there != here:
+                name = f"model.{key}" if section == "model" else key
+                raise CheckpointError(
+                    f"checkpoint {directory} is of {meaning}: {name} is {there!r} there and {here!r} here; "
+                    "give this run another run.name, or set checkpoint.resume=never"
+                )
+
+
+def _check_memory_agrees(memory: MemoryState, world: World) -> None:
+    """The memory must have the same bits on every rank; anything else is a fault of this program."""
+    digest = hashlib.sha256()
+    for tensor in memory.tensors().values():
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    mine = torch.tensor(list(digest.digest()), dtype=torch.uint8, device=world.device)
+    if not bool((world.gather(mine) == mine).all()):
+        raise RuntimeError(f"the episodic memory differs between ranks (seen on rank {world.rank})")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

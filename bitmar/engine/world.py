@@ -1,0 +1,110 @@
+"""The processes of a run: who this rank is, its device, and the few collectives the trainer uses.
+
+Every sum over ranks is taken from gathered values in rank order, so it has the same bits on every rank.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Stack equal-shaped tensors of all ranks: [...] -> [ranks, ...], the same on every rank."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+        parts = [torch.empty_like(flat) for _ in range(self.size)]
+        dist.all_gather(parts, flat)
+        return torch.stack([p.view(tensor.dtype).reshape(tensor.shape) for p in parts])
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, added in rank order."""
+        if self.size == 1:
+            return tensor
+        parts = self.gather(tensor)
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if any rank says so."""
+        if self.size == 1:
+            return flag
+        return bool(self.gather(torch.tensor([flag], device=self.device)).any())
+
+    def broadcast_object(self, value: T) -> T:
+        """Rank 0's value on every rank (small picklable objects made by the trainer itself)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago on this host."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def join_world(timeout_s: int = 1800, threads: int | None = None) -> World:
+    """Join the process group that the launcher's environment describes; alone without a launcher.
+
+    `threads`: CPU threads of this rank, None for cores divided by the ranks of the node.
+    Raises ValueError when the environment names only a part of the group.
+    """
+    env = os.environ
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise ValueError(f"the launcher's environment lacks {', '.join(missing)}; start with deepspeed or alone")
+    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    local_rank = int(env.get("LOCAL_RANK", "0"))
+    local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", str(size))))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
+    if not dist.is_initialized():
+        if env["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
+            env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+        )
+    return World(rank, size, local_rank, local_size, device)
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

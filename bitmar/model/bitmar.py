@@ -1,0 +1,130 @@
+"""BitMar: text encoder -> fusion with vision -> memory read -> decoder, and the latents of a row.
+
+Shapes: B rows, T text positions, P vision tokens, D width, K slots, C episode width, V vocabulary, Z latent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bitmar.batch import Batch
+from bitmar.config import COMPONENTS, ModelConfig
+from bitmar.model.attention import text_positions
+from bitmar.model.blocks import Block, Dropout
+from bitmar.model.fusion import Fusion
+from bitmar.model.memory import EpisodeWriter, MemoryReader, MemoryState, RecallInput
+from bitmar.model.text import TextDecoder, TextEncoder, TokenEmbedding, masked_mean
+from bitmar.model.vision import VisionEncoder
+
+
+@dataclass(frozen=True)
+class Outputs:
+    logits: Float[Tensor, "B T V"]
+    text_latent: Float[Tensor, "B Z"]
+    vision_latent: Float[Tensor, "B Z"]
+    log_temperature: Float[Tensor, "1"]
+    keys: Float[Tensor, "B C"]  # of the rows' episodes
+    episodes: Float[Tensor, "B C"]
+    read_mass: Float[Tensor, "K"]  # fp64
+    memory_gate: Float[Tensor, "1"]  # what the memory's value is multiplied by, detached
+    recalled: Float[Tensor, "B 2 C"] | None  # by the image alone, by the text alone
+
+    def side_sum(self) -> Float[Tensor, ""]:
+        """A sum that depends on every parameter that a phase's losses may leave out."""
+        sides = (self.text_latent, self.vision_latent, self.keys, self.episodes, self.log_temperature)
+        return torch.stack([side.float().sum() for side in sides]).sum()
+
+
+class BitMar(nn.Module):
+    """Parameters are fp32; `compute_dtype` bf16 runs the matrix products in bf16 (torch.autocast)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int = 0,
+        activation_checkpointing: bool = False,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = seed
+        self.compute_dtype = compute_dtype
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = TokenEmbedding(config.vocab_size, config.width)
+        self.encoder = TextEncoder(config)
+        self.vision = VisionEncoder(config)
+        self.fusion = Fusion(config)
+        self.memory = nn.ModuleDict({"writer": EpisodeWriter(config), "reader": MemoryReader(config)})
+        self.decoder = TextDecoder(config)
+        self._scale_residual_branches()
+
+    def _scale_residual_branches(self) -> None:
+        """Residual outputs start 1 / sqrt(2 L) smaller, so that the sum over L layers keeps its size."""
+        for stack in (self.encoder.blocks, self.vision.blocks, self.decoder.blocks):
+            for block in stack:
+                assert isinstance(block, Block)
+                for branch in (block.attention.output, block.feed_forward.down):
+                    branch.weight.data.mul_(1 / math.sqrt(2 * len(stack)))
+
+    def forward(self, batch: Batch, memory: MemoryState, recall: bool = False) -> Outputs:
+        """Run every module on every batch (rows without an image are masked), so that ranks keep step.
+
+        `memory` is read and never changed; `recall` also writes the rows' episodes to copies of it and reads
+        them back from one modality alone.
+        """
+        bf16 = self.compute_dtype == torch.bfloat16
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=bf16):
+            return self._forward(batch, memory, recall)
+
+    def _forward(self, batch: Batch, memory: MemoryState, recall: bool) -> Outputs:
+        config, recompute = self.config, self.activation_checkpointing and self.training
+        dropout = Dropout(config.dropout, self.seed, batch.rows) if self.training and config.dropout > 0 else None
+        positions = text_positions(
+            batch.positions, batch.segments, batch.packed, config.width // config.heads, config.rotary_base
+        )
+        mask = batch.token_mask
+        hidden, text_latent = self.encoder(self.embedding(batch.tokens), positions, mask, dropout, recompute)
+        text_cue = masked_mean(hidden, mask)
+        tokens, vision_latent = self.vision(batch.vision, batch.has_vision, recompute)
+        hidden, log_temperature = self.fusion(hidden, tokens, batch.has_vision)
+        keys, episodes = self.memory["writer"](text_latent, vision_latent)
+        recall_input = None
+        if recall:
+            cues = (tokens.mean(1), text_cue)
+            recall_input = RecallInput(keys, episodes, batch.image_ids, batch.pair_mask, *cues)
+        reading = self.memory["reader"](hidden, memory, batch.image_ids, mask, recall_input)
+        logits = self.embedding(self.decoder(reading.hidden, positions, dropout, recompute))
+        return Outputs(
+            logits,
+            text_latent,
+            vision_latent,
+            log_temperature,
+            keys,
+            episodes,
+            reading.mass,
+            reading.gate,
+            reading.recalled,
+        )
+
+
+def component_parameters(model: BitMar) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """The parameters of each component (bitmar.config.COMPONENTS), by full name."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in COMPONENTS}
+    for name, parameter in model.named_parameters():
+        groups[name.split(".")[0]].append((name, parameter))
+    return groups
+
+
+def parameter_counts(model: BitMar) -> dict[str, int]:
+    """Parameters by component; under ZeRO-3 call before the engine takes them apart."""
+    return {name: _count(p for _, p in group) for name, group in component_parameters(model).items()}
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)

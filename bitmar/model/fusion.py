@@ -1,0 +1,50 @@
+"""Fusion: text positions attend to the vision tokens of their row; gated residual.
+
+Shapes: B rows, T text positions, P vision tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from bitmar.config import ModelConfig
+from bitmar.model.attention import CrossAttention
+from bitmar.model.quantize import RMSNorm
+
+GATE_START = 0.5  # tanh(0.5) = 0.46: open enough for a gradient to reach the vision encoder at once
+
+
+class FusionLayer(nn.Module):
+    """x + tanh(gate) * cross_attention(norm(x), vision); rows without an image have their gate at 0."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.width)
+        self.attention = CrossAttention(config.width, config.heads, config.quantization)
+        self.gate = nn.Parameter(torch.full((1,), GATE_START))
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], vision: Float[Tensor, "B P D"], has_vision: Bool[Tensor, "B"]
+    ) -> Float[Tensor, "B T D"]:
+        gate = torch.tanh(self.gate) * has_vision.to(x.dtype)[:, None, None]
+        return x + gate * self.attention(self.norm(x), vision)
+
+
+class Fusion(nn.Module):
+    """The fusion layers, and the temperature with which text and vision latents are compared."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(FusionLayer(config) for _ in range(config.fusion_layers))
+        # exp(log_temperature) multiplies the cosine; starts at 1 / 0.07 (Radford et al. 2021, section 2.5)
+        self.log_temperature = nn.Parameter(torch.tensor([2.6593]))
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], vision: Float[Tensor, "B P D"], has_vision: Bool[Tensor, "B"]
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "1"]]:
+        """(hidden states, log temperature bounded at ln 100)."""
+        for layer in self.layers:
+            x = layer(x, vision, has_vision)
+        return x, self.log_temperature.clamp(max=4.6052)

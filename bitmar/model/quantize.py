@@ -1,0 +1,110 @@
+"""BitNet b1.58 quantisation: ternary weights, 8-bit activations, straight-through gradients.
+
+Source: Ma et al. 2024, "The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits", section 2, and
+the BitNet b1.58 2B4T report (2025), section 3:
+
+    w_q = clamp(round(W / gamma), -1, 1)          gamma = mean|W| over the matrix
+    x_q = clamp(round(127 x / max|x|), -128, 127)  max over the features of one token
+    y   = (x_q w_q^T) * gamma * max|x| / 127
+
+x_q w_q^T is a sum of whole numbers below 2^24, hence exact in fp32 whatever the order of the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+EPS = 1e-5
+LEVELS = 127.0  # largest 8-bit activation
+
+
+def ternary_scale(weight: Float[Tensor, "O I"], sections: tuple[int, ...]) -> Float[Tensor, "O 1"]:
+    """gamma of each output row: mean|W| over the row's section (one section is one matrix of the paper)."""
+    means = [
+        part.abs().mean(dtype=torch.float32).clamp(min=EPS).expand(len(part), 1) for part in weight.split(sections)
+    ]
+    return torch.cat(means) if len(means) > 1 else means[0]
+
+
+def ternary(weight: Float[Tensor, "O I"], scale: Float[Tensor, "O 1"]) -> Float[Tensor, "O I"]:
+    """w_q, values -1, 0 and 1 in fp32."""
+    return (weight / scale).round_().clamp_(-1, 1)
+
+
+def quantize_activations(x: Float[Tensor, "N I"]) -> tuple[Float[Tensor, "N I"], Float[Tensor, "N 1"]]:
+    """(x_q, step) with x ~ x_q * step, one step a token. |x_q| <= 127 holds by construction, without a clamp."""
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    step = torch.maximum(-low, high).float().clamp_(min=EPS) / LEVELS
+    return (x / step).round_(), step
+
+
+class _BitLinear(torch.autograd.Function):
+    """y = x_q w_q^T * gamma * step; backward as if nothing had been rounded but with the rounded operands."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sections: tuple[int, ...]) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        scale = ternary_scale(weight, sections)
+        w_q = ternary(weight, scale).to(dtype)
+        x_q, step = quantize_activations(x)
+        x_q = x_q.to(dtype)  # whole numbers up to 127 are exact in bf16 too
+        ctx.save_for_backward(x_q, step, w_q.to(torch.int8), scale)
+        ctx.input_dtype = x.dtype
+        y = F.linear(x_q, w_q)
+        return (y * step).mul_(scale.T).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        x_q, step, w_q, scale = ctx.saved_tensors
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ (w_q * scale).to(grad.dtype)).to(ctx.input_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_w = ((grad * step).to(x_q.dtype).T @ x_q).to(scale.dtype)
+        return grad_x, grad_w, None
+
+
+class BitLinear(nn.Module):
+    """A linear map without bias whose weight is rounded to three values in every forward pass.
+
+    `sections`: output widths of the matrices that share the input (query, key, value; gate, up): each keeps
+    its own gamma, the token's activation is quantised once and one matrix product serves all.
+    `quantized=False` is the same map without rounding. The input is expected to be normalised (RMSNorm).
+    """
+
+    def __init__(self, inputs: int, sections: int | tuple[int, ...], quantized: bool = True) -> None:
+        super().__init__()
+        self.sections = (sections,) if isinstance(sections, int) else tuple(sections)
+        self.quantized = quantized
+        self.weight = nn.Parameter(torch.empty(sum(self.sections), inputs))
+        nn.init.normal_(self.weight, std=1 / math.sqrt(inputs))
+
+    def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
+        if not self.quantized:
+            return F.linear(x, self.weight)
+        flat = x.reshape(-1, x.shape[-1])
+        y = _BitLinear.apply(flat, self.weight, self.sections)
+        return y.reshape(*x.shape[:-1], -1)  # type: ignore[union-attr]
+
+    def ternary_weight(self) -> tuple[Float[Tensor, "O I"], Float[Tensor, "O 1"]]:
+        """(w_q, gamma) of the current weight; under ZeRO-3 gather the weight first."""
+        scale = ternary_scale(self.weight.detach(), self.sections)
+        return ternary(self.weight.detach(), scale), scale
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm with a gain, in fp32 whatever the input's type; it stands before each BitLinear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=EPS)
+
+    def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N I"]:
+        return super().forward(x.float())

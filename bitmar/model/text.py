@@ -1,0 +1,89 @@
+"""Text: the tied token embedding, the causal encoder, the causal decoder.
+
+Shapes: B rows, T positions, D width, V vocabulary, Z latent width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from bitmar.config import ModelConfig
+from bitmar.model.attention import Positions
+from bitmar.model.blocks import Block, Dropout, run_blocks
+from bitmar.model.quantize import BitLinear, RMSNorm
+
+TABLE_STD = 0.02
+
+
+def masked_mean(x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B D"]:
+    """Mean over the marked positions; zero for a row without any."""
+    weight = mask.to(x.dtype)[..., None]
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+class TokenEmbedding(nn.Module):
+    """One full-precision table for input and output: token ids give vectors, vectors give logits.
+
+    The table starts with standard deviation s = 0.02 at any width. Input vectors are divided by s (unit RMS,
+    as the blocks' outputs), logits by s D: a tied table otherwise gives the current token a logit of s D at
+    the start (31 at width 1536), and the first loss is far from ln V.
+    """
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocabulary, width).normal_(std=TABLE_STD))
+        self.output_scale = 1 / (TABLE_STD * width)
+
+    def forward(self, x: Int[Tensor, "B T"] | Float[Tensor, "B T D"]) -> Float[Tensor, "B T W"]:
+        if x.is_floating_point():
+            return F.linear(x * self.output_scale, self.weight)
+        return F.embedding(x, self.weight) * (1 / TABLE_STD)
+
+
+class TextEncoder(nn.Module):
+    """Causal, because the decoder predicts the same tokens: looking ahead here would hand out the label."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.ffn_width, config.quantization, site)
+            for site in range(config.encoder_layers)
+        )
+        self.latent_norm = RMSNorm(config.width)
+        self.latent = BitLinear(config.width, config.text_latent_size, config.quantization)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        positions: Positions,
+        mask: Bool[Tensor, "B T"],
+        dropout: Dropout | None,
+        recompute: bool,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B Z"]]:
+        """(hidden states, text_latent: the pooled row)."""
+        hidden = run_blocks(self.blocks, x, positions, dropout, recompute)
+        return hidden, self.latent(masked_mean(self.latent_norm(hidden), mask))
+
+
+class TextDecoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width,
+                config.heads,
+                config.ffn_width,
+                config.quantization,
+                config.encoder_layers + site,
+            )
+            for site in range(config.decoder_layers)
+        )
+        self.norm = RMSNorm(config.width)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], positions: Positions, dropout: Dropout | None, recompute: bool
+    ) -> Float[Tensor, "B T D"]:
+        return self.norm(run_blocks(self.blocks, x, positions, dropout, recompute))
