@@ -32,126 +32,28 @@ LINE_BREAK = "\n"
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 TEXT_SHARES = (0.09, 0.30, 0.26, 0.18, 0.12, 0.05)  # of TEXT_MEMBERS
 
+
+def listed(words: str) -> tuple[str, ...]:
+    """The words of a string."""
+    return tuple(words.split())
+
+
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "number": ("one", "two", "three", "four", "five", "several"),
-    "size": ("small", "large", "tiny", "huge", "tall", "short", "thin", "round"),
-    "colour": tuple(
-        [
-            "red",
-            "blue",
-            "green",
-            "yellow",
-            "black",
-            "white",
-            "brown",
-            "grey",
-            "orange",
-            "purple",
-            "pink",
-            "golden",
-            "silver",
-        ]
+    "number": listed("one two three four five several"),
+    "size": listed("small large tiny huge tall short thin round"),
+    "colour": listed("red blue green yellow black white brown grey orange purple pink golden silver"),
+    "object": listed(
+        "dog cat horse bird cow sheep boy girl man woman child farmer car bus truck train boat bicycle ball kite "
+        "chair table lamp clock bottle cup cake apple tree flower house bridge tower tent piano guitar"
     ),
-    "object": tuple(
-        [
-            "dog",
-            "cat",
-            "horse",
-            "bird",
-            "cow",
-            "sheep",
-            "boy",
-            "girl",
-            "man",
-            "woman",
-            "child",
-            "farmer",
-            "car",
-            "bus",
-            "truck",
-            "train",
-            "boat",
-            "bicycle",
-            "ball",
-            "kite",
-            "chair",
-            "table",
-            "lamp",
-            "clock",
-            "bottle",
-            "cup",
-            "cake",
-            "apple",
-            "tree",
-            "flower",
-            "house",
-            "bridge",
-            "tower",
-            "tent",
-            "piano",
-            "guitar",
-        ]
+    "action": listed("standing resting waiting moving falling turning shining leaning hiding rolling floating leaving"),
+    "place": listed(
+        "beach street park forest kitchen garden field river market station school mountain lake bedroom roof "
+        "desert harbour museum stadium playground"
     ),
-    "action": tuple(
-        [
-            "standing",
-            "resting",
-            "waiting",
-            "moving",
-            "falling",
-            "turning",
-            "shining",
-            "leaning",
-            "hiding",
-            "rolling",
-            "floating",
-            "leaving",
-        ]
-    ),
-    "place": tuple(
-        [
-            "beach",
-            "street",
-            "park",
-            "forest",
-            "kitchen",
-            "garden",
-            "field",
-            "river",
-            "market",
-            "station",
-            "school",
-            "mountain",
-            "lake",
-            "bedroom",
-            "roof",
-            "desert",
-            "harbour",
-            "museum",
-            "stadium",
-            "playground",
-        ]
-    ),
-    "weather": ("sunny", "rainy", "snowy", "cloudy", "windy", "foggy"),
-    "other": tuple(
-        [
-            "fence",
-            "wall",
-            "bench",
-            "rock",
-            "sign",
-            "ladder",
-            "basket",
-            "blanket",
-            "box",
-            "bucket",
-            "flag",
-            "rope",
-            "wagon",
-            "statue",
-            "fountain",
-            "mirror",
-        ]
+    "weather": listed("sunny rainy snowy cloudy windy foggy"),
+    "other": listed(
+        "fence wall bench rock sign ladder basket blanket box bucket flag rope wagon statue fountain mirror"
     ),
     "relation": ("near", "behind", "beside", "under", "above", "in front of"),
 }
@@ -170,71 +72,47 @@ LONG = (
     "the image shows a {place} . we see {number} {object} which is {size} and {colour} , {action} {relation} "
     "the {other} under a {weather} sky .",
 )
-SYLLABLES = [
-    "ba",
-    "be",
-    "bo",
-    "da",
-    "de",
-    "di",
-    "do",
-    "fa",
-    "fe",
-    "fi",
-    "ga",
-    "go",
-    "ha",
-    "he",
-    "ka",
-    "ki",
-    "ko",
-    "la",
-    "le",
-    "li",
-    "lo",
-    "ma",
-    "me",
-    "mi",
-    "mo",
-    "na",
-    "ne",
-    "no",
-    "pa",
-    "pe",
-    "po",
-    "ra",
-    "re",
-    "ri",
-    "ro",
-    "sa",
-    "se",
-    "si",
-    "so",
-    "ta",
-    "te",
-    "ti",
-    "to",
-    "va",
-    "ve",
-    "vi",
-    "wa",
-    "we",
-    "za",
-]
-NOUN_ENDINGS, VERB_ENDINGS = ("n", "rd", "st", "ll", "m", "ck"), ("sh", "p", "lt", "nd")
-FUNCTION_WORDS = ["the", "a", "some", "every", "this", "that", "one", "another"]
-JOINERS = ["and", "but", "so", "because", "while", "when"]
+NOUNS = listed(
+    "friend mother father brother sister teacher doctor driver singer painter king queen soldier sailor baker "
+    "village city road path door window floor stone sand water fire wind rain snow cloud star moon sun night "
+    "morning evening summer winter story song book letter picture word name voice hand foot head eye ear face "
+    "coat hat shoe shirt pocket bag knife spoon plate bread milk butter cheese egg fish meat soup salt sugar "
+    "corn wheat grass leaf branch root seed hill valley island shore wave ship sail wheel engine hammer nail "
+    "wood iron glass paper thread cloth game race team war peace law money shop price work day week year"
+)
+VERBS = listed(
+    "watch follow help find carry push pull lift open close paint clean wash fix break build cover count call "
+    "answer ask teach visit meet know remember forget want need like love fear hear touch hold keep leave bring "
+    "send show hide catch kick throw cook eat drink taste smell sell trade lend share guard chase draw read "
+    "praise warn thank greet trust wake join climb cross pass reach enter save burn melt shake lock load"
+)
+ADJECTIVES = listed(
+    "old young new good bad kind proud quiet loud quick slow warm cold dry wet soft hard sharp sweet bitter clean "
+    "dirty bright dark deep wide narrow heavy light strong weak rich poor brave calm clever strange plain fresh "
+    "empty gentle lazy busy happy sad angry tired hungry careful lonely famous simple honest rough smooth"
+)
+FUNCTION_WORDS = listed("the a some every this that one another")
+JOINERS = listed("and but so because while when")
+
+
+def inflected(verb: str) -> tuple[str, str]:
+    """A verb after a singular and after an auxiliary."""
+    if verb.endswith(("ch", "sh", "ss", "x")):
+        return f"{verb}es", f"must {verb}"
+    return (f"{verb[:-1]}ies" if verb.endswith("ry") else f"{verb}s"), f"must {verb}"
 
 
 class Words:
     """The vocabulary of the text: nouns, verbs and adjectives, drawn by Zipf's law."""
 
     def __init__(self, rng: np.random.Generator) -> None:
-        stems = ["".join(pair) for pair in itertools.product(SYLLABLES, SYLLABLES)]
-        stems = [stems[i] for i in rng.permutation(len(stems))]
-        self.nouns = [*ATTRIBUTES["object"], *[s + NOUN_ENDINGS[i % 6] for i, s in enumerate(stems[:900])]]
-        self.verbs = [s + VERB_ENDINGS[i % 4] for i, s in enumerate(stems[900:1500])]
-        self.adjectives = [*ATTRIBUTES["colour"], *[s + "y" for s in stems[1500:2000]]]
+        nouns = [*ATTRIBUTES["object"], *ATTRIBUTES["other"], *NOUNS]
+        compounds = [first + second for first, second in itertools.product(NOUNS, nouns) if first != second]
+        rare = rng.permutation(len(compounds))[:1200].tolist()
+        self.nouns = [*nouns, *[compounds[number] for number in rare]]
+        self.verbs = [form for verb in VERBS for form in inflected(verb)]
+        made = [f"{prefix}{adjective}" for prefix in ("un", "over", "half-") for adjective in ADJECTIVES]
+        self.adjectives = [*ATTRIBUTES["colour"], *ADJECTIVES, *made]
         self._rng = rng
 
     def pick(self, words: Sequence[str]) -> str:
@@ -251,9 +129,9 @@ class Words:
 
     def sentence(self) -> str:
         """A sentence of one or two clauses, without its full stop."""
-        clause = f"{self.phrase()} {self.pick(self.verbs)}s {self.phrase()}"
+        clause = f"{self.phrase()} {self.pick(self.verbs)} {self.phrase()}"
         if self._rng.random() < 0.3:
-            clause += f" {self.pick(JOINERS)} {self.phrase()} {self.pick(self.verbs)}s"
+            clause += f" {self.pick(JOINERS)} {self.phrase()} {self.pick(self.verbs)}"
         if self._rng.random() < 0.3:
             clause += f" in the {self.pick(ATTRIBUTES['place'])}"
         return clause
