@@ -122,6 +122,7 @@ class ZeroEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
+        self._make_optimizer_state()
 
     @property
     def module(self) -> BitMar:
@@ -157,7 +158,6 @@ class ZeroEngine:
 
     def states(self) -> Iterator[ParameterState]:
         """Every parameter whole, one at a time, the same on all ranks. A collective: all ranks iterate."""
-        self._make_optimizer_state()
         for name, p in zip(self._names, self.module.parameters(), strict=True):
             if self.stage == 0:
                 state = self._optimizer.state[p]
@@ -169,7 +169,6 @@ class ZeroEngine:
 
     def load_states(self, states: Iterator[ParameterState], adam_step: int) -> None:
         """Set weights, moments and the optimiser's step from whole parameters, in `parameter_shapes` order."""
-        self._make_optimizer_state()
         for p, state in zip(self.module.parameters(), states, strict=True):
             if self.stage == 0:
                 p.data.copy_(state.weight)
@@ -201,7 +200,11 @@ class ZeroEngine:
         return self._optimizer if self.stage == 0 else self._optimizer.optimizer
 
     def _make_optimizer_state(self) -> None:
-        """Give every parameter its Adam state, which torch otherwise makes in the first step."""
+        """Give every parameter its Adam state, which torch otherwise makes in the first step.
+
+        With several parameter groups DeepSpeed's ZeRO-1/2 links the state after the first group's step, when the
+        other groups have none; made here, it is there for all.
+        """
         optimizer = self._torch_optimizer
         partitions = [p for group in optimizer.param_groups for p in group["params"]]
         if self.stage == 3:

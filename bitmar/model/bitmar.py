@@ -99,7 +99,8 @@ class BitMar(nn.Module):
             cues = (tokens.mean(1), text_cue)
             recall_input = RecallInput(keys, episodes, batch.image_ids, batch.pair_mask, *cues)
         reading = self.memory["reader"](hidden, memory, batch.image_ids, mask, recall_input)
-        logits = self.embedding(self.decoder(reading.hidden, positions, dropout, recompute))
+        hidden, read_mass, memory_gate, recalled = reading
+        logits = self.embedding(self.decoder(hidden, positions, dropout, recompute))
         return Outputs(
             logits,
             text_latent,
@@ -107,9 +108,9 @@ class BitMar(nn.Module):
             log_temperature,
             keys,
             episodes,
-            reading.mass,
-            reading.gate,
-            reading.recalled,
+            read_mass,
+            memory_gate,
+            recalled,
         )
 
 

@@ -233,12 +233,9 @@ class EpisodeWriter(nn.Module):
         return F.normalize(self.key(episode).float(), dim=-1), episode.float()
 
 
-@dataclass(frozen=True)
-class Reading:
-    hidden: Float[Tensor, "B T D"]
-    mass: Float[Tensor, "K"]  # read mass of each slot over the marked positions, fp64
-    gate: Float[Tensor, "1"]
-    recalled: Float[Tensor, "B 2 C"] | None  # from the image cue, from the text cue
+# Plain, because ZeRO-3 finds the tensors in tuples but not in dataclasses: hidden states, read mass of each slot over
+# the marked positions (fp64), the gate, and what the image cue and the text cue recalled.
+Reading = tuple[Float[Tensor, "B T D"], Float[Tensor, "K"], Float[Tensor, "1"], Float[Tensor, "B 2 C"] | None]
 
 
 class MemoryReader(nn.Module):
@@ -274,7 +271,7 @@ class MemoryReader(nn.Module):
         if recall is not None:
             cues = self.query(self.query_norm(torch.stack([recall.image_cue, recall.text_cue], dim=1)))
             recalled = read_copies(state, recall, cues, sharpness, self.config)
-        return Reading(x, read_mass, gate.detach(), recalled)
+        return x, read_mass, gate.detach(), recalled
 
 
 @dataclass(frozen=True)
