@@ -199,7 +199,9 @@ def test_rank_0_writes_all_files_and_resumes(tmp_path: Path, capsys: pytest.Capt
     assert "step 40/40  loss 1.000" in capsys.readouterr().out
 
 
-def test_a_wandb_that_dies_is_given_up_with_one_warning(tmp_path: Path) -> None:
+def test_a_wandb_that_dies_is_given_up_with_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "c0ffee-canary")
+
     class Warnings(NullSink):
         def __init__(self) -> None:
             self.events: list[Any] = []
@@ -209,7 +211,7 @@ def test_a_wandb_that_dies_is_given_up_with_one_warning(tmp_path: Path) -> None:
 
     class Dead:
         def log(self, fields: Any) -> None:
-            raise ConnectionResetError("Connection lost")
+            raise ConnectionResetError("Connection of c0ffee-canary lost")
 
     warnings = Warnings()
     sink = WandbSink(tmp_path, "p", "n", "id1", {}, "disabled", warnings)
@@ -217,7 +219,7 @@ def test_a_wandb_that_dies_is_given_up_with_one_warning(tmp_path: Path) -> None:
     sink.log(1, {"Training/Loss": 1.0})
     sink.log(2, {"Training/Loss": 1.0})
     sink.close()
-    message = "wandb is given up for this run: ConnectionResetError: Connection lost"
+    message = "wandb is given up for this run: ConnectionResetError: Connection of *** lost"
     assert warnings.events == [("warning", {"message": message})]
 
 
