@@ -161,7 +161,7 @@ def _check_rejected(scan: Scan, options: Options) -> None:
     empty = [source for source, usable in scan.usable.items() if not usable.any()]
     if bad <= options.max_reject_fraction * total and not empty:
         return
-    reasons = Counter((r.source, r.reason if "line" not in r.reason else "not UTF-8") for r in scan.rejected)
+    reasons = Counter((r.source, "not UTF-8" if r.reason.startswith("line ") else r.reason) for r in scan.rejected)
     listed = "; ".join(f"{source}: {n} x {reason}" for (source, reason), n in reasons.most_common(4))
     first = f" (first: {scan.rejected[0].source} row {scan.rejected[0].row})" if scan.rejected else ""
     if empty:

@@ -64,14 +64,17 @@ class _Readers:
                 self._bad[shard] = frozenset(found)
                 name = self._entries[shard]["file"]
                 self.damaged += [(name, reader.key(sample)) for sample in found]
-                total = sum(entry["samples"] for entry in self._entries)
-                if len(self.damaged) > max(1, total // DAMAGE_CEILING):
-                    listed = ", ".join(f"{key} in {tar}" for tar, key in self.damaged[:3])
-                    raise DataError(
-                        f"{len(self.damaged)} of {total} samples are damaged (first: {listed}), more than 1 in "
-                        f"{DAMAGE_CEILING}: make the shards again"
-                    )
+            self._check_ceiling()
             return self._bad[shard]
+
+    def _check_ceiling(self) -> None:
+        total = sum(entry["samples"] for entry in self._entries) if self.damaged else 0
+        if len(self.damaged) > max(1, total // DAMAGE_CEILING):
+            listed = ", ".join(f"{key} in {tar}" for tar, key in self.damaged[:3])
+            raise DataError(
+                f"{len(self.damaged)} of {total} samples are damaged (first: {listed}), more than 1 in "
+                f"{DAMAGE_CEILING}: make the shards again"
+            )
 
 
 @dataclass(frozen=True)

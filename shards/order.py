@@ -364,8 +364,8 @@ class Order:
             sizes = [self._streams[name].batches for name in streams]
             draws = np.repeat(np.arange(len(sizes), dtype=np.uint8), sizes)
             draws = self._rng(phase, "", epoch).permutation(draws)
-            self._schedules = {phase: (epoch, draws, _occurrence(draws))}
-            held = self._schedules[phase]
+            held = (epoch, draws, _occurrence(draws))
+            self._schedules = {phase: held}
         return held[1], held[2]
 
     def _drawn(self, phase: int) -> dict[str, int]:

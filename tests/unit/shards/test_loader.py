@@ -1,0 +1,313 @@
+"""Loader and validation set: contents, exactly once, any world, resume, damage."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards.loader import Loader, LoaderState, PhaseSpec, Rows, ShardSet, ValidationSet
+from shards.raw import open_raw
+from shards.record import DataError, image_ids
+from shards.tokenizer import BOS, EOS, TextTokenizer
+from tests.unit.shards.making import make, vectors_of, write_pairs
+
+BOTH = [PhaseSpec("both", {"pairs": 1, "text": 1}, epochs=1)]
+
+
+def load(shards: ShardSet, phases: list[PhaseSpec] = BOTH, **settings: object) -> Loader:
+    chosen = {"seed": 1, "global_batch": 8, "micro_batch": 8, "row_tokens": 32, "rank": 0, "world": 1, **settings}
+    return Loader(shards, phases, **chosen)  # type: ignore[arg-type]
+
+
+def stacked(micro: list[Rows], name: str) -> np.ndarray:
+    return np.concatenate([getattr(rows, name) for rows in micro])
+
+
+def test_pairs_hold_what_the_raw_files_hold(raw_dir: Path, shard_dir: Path) -> None:
+    shards = ShardSet.open(shard_dir)
+    tokenizer = TextTokenizer(shards.tokenizer_path)
+    known: dict[tuple[str, int], int] = {}
+    vectors: dict[int, np.ndarray] = {}
+    for pairs in open_raw(raw_dir).pairs:
+        raw = pairs.vectors(np.arange(len(pairs)))
+        for row, identity in enumerate(image_ids(raw).tolist()):
+            key = (pairs.caption(row) or "", identity)
+            known[key] = known.get(key, 0) + 1
+            vectors[identity] = raw[row].astype("<f2").astype("<f4")
+    loader = load(shards, [PhaseSpec("p", {"pairs": 1}, epochs=1)], row_tokens=128, global_batch=64)
+    count = 0
+    for _, micro in loader:
+        for rows in micro:
+            assert not rows.packed
+            for at in np.flatnonzero(rows.valid):
+                targets = rows.targets[at][rows.targets[at] >= 0].tolist()
+                assert (targets[-1], rows.tokens[at, 0]) == (EOS, BOS)
+                assert rows.tokens[at, 1 : len(targets)].tolist() == targets[:-1]
+                text, identity = tokenizer.decode(targets[:-1]), int(rows.image_ids[at])
+                known[text, identity] -= 1
+                assert rows.words[at] == len(text.split())
+                assert np.array_equal(rows.vision[at], vectors[identity])
+                count += 1
+    assert min(known.values()) == 0
+    train = [e for e in shards.manifest["shards"] if e["split"] == "train" and e["modality"] == "pairs"]
+    assert count == sum(entry["samples"] for entry in train)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.sampled_from([8, 33, 200]))
+def test_any_world_trains_the_same_targets_exactly_once(
+    small_set: ShardSet, world: int, accumulation: int, micro_batch: int, row_tokens: int
+) -> None:
+    size = world * accumulation * micro_batch
+    whole = load(small_set, global_batch=size, micro_batch=size, row_tokens=row_tokens)
+    ranks = [
+        list(load(small_set, global_batch=size, micro_batch=micro_batch, row_tokens=row_tokens, rank=r, world=world))
+        for r in range(world)
+    ]
+    words = targets = 0
+    for step, (state, (rows,)) in enumerate(whole):
+        assert state == LoaderState(0, step)
+        parts = [ranks[r][step][1][k] for k in range(accumulation) for r in range(world)]
+        for name in ("tokens", "targets", "segments", "positions", "vision", "image_ids", "words", "rows", "valid"):
+            assert np.array_equal(stacked(parts, name), getattr(rows, name)), name
+        assert rows.rows.tolist() == [step * size + at for at in range(size)]
+        assert ((rows.targets >= 0) == (rows.segments > 0)).all()
+        assert ((rows.targets >= 0).any(axis=1) == rows.valid).all()
+        assert (rows.has_vision == (rows.valid & (rows.modality == "pairs"))).all()
+        words += int(rows.words.sum())
+        targets += int((rows.targets >= 0).sum())
+    totals = small_set.manifest["totals"]["train"]
+    assert words == small_set.words("train") == totals["words"]
+    assert targets == totals["tokens"] + totals["samples"]
+    assert all(len(items) == whole.order.steps(0) for items in ranks)
+
+
+def test_packed_text_restarts_positions_and_stays_in_its_records(small_set: ShardSet) -> None:
+    text = [PhaseSpec("t", {"text": 1}, epochs=1)]
+    packed = False
+    tokens: list[int] = []
+    for _, (rows,) in load(small_set, text, row_tokens=64):
+        packed |= rows.packed
+        for at in range(8):
+            for segment in range(1, int(rows.segments[at].max()) + 1):
+                here = rows.segments[at] == segment
+                assert rows.positions[at][here].tolist() == list(range(int(here.sum())))
+                assert rows.tokens[at][here][1:].tolist() == rows.targets[at][here][:-1].tolist()
+                assert (rows.tokens[at][here][1:] != BOS).all()
+                assert (rows.targets[at][here][:-1] != EOS).all()
+            tokens += rows.targets[at][rows.targets[at] >= 0].tolist()
+    assert packed
+    entries = [e for e in small_set.manifest["shards"] if e["split"] == "train" and e["modality"] == "text"]
+    assert tokens.count(EOS) == sum(entry["samples"] for entry in entries)
+
+
+def test_resume_anywhere_continues_the_same(small_set: ShardSet) -> None:
+    phases = [
+        PhaseSpec("a", {"text": 1}, steps=9),
+        PhaseSpec("b", {"flickr": 2, "text": 1}, steps=14),
+        PhaseSpec("c", {"pairs": 1}, epochs=1.2),
+    ]
+    whole = list(load(small_set, phases))
+    assert [item[0].phase for item in whole] == sorted(item[0].phase for item in whole)
+    for at in (0, 1, 8, 9, 17, 23, len(whole) - 1):
+        rest = list(load(small_set, phases, state=whole[at][0]))
+        assert len(rest) == len(whole) - at
+        for (state, micro), (old_state, old) in zip(rest, whole[at:], strict=True):
+            assert state == old_state
+            for name in ("tokens", "targets", "vision", "rows"):
+                assert np.array_equal(stacked(micro, name), stacked(old, name))
+    last = whole[-1][0]
+    assert list(load(small_set, phases, state=LoaderState(last.phase, last.position + 1))) == []
+    assert list(load(small_set, phases, state=LoaderState(3, 0))) == []
+    assert whole[9][1][0].rows[0] == 1 << 40
+
+
+def test_numbers_that_do_not_fit(small_set: ShardSet) -> None:
+    with pytest.raises(ValueError, match="global_batch 8 must be a multiple of micro_batch 3 x world 2"):
+        load(small_set, micro_batch=3, world=2)
+    with pytest.raises(ValueError, match="rank must be from 0 to 1, got 2"):
+        load(small_set, micro_batch=4, world=2, rank=2)
+    with pytest.raises(ValueError, match="past the phase"):
+        load(small_set, state=LoaderState(0, 10**6))
+    with pytest.raises(ValueError, match="outside of the 1 phases"):
+        load(small_set, state=LoaderState(2, 0))
+
+
+def prefetchers() -> int:
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def test_closing_the_iterator_ends_its_thread(small_set: ShardSet) -> None:
+    before = prefetchers()
+    iterator = iter(load(small_set))
+    next(iterator)
+    assert prefetchers() == before + 1
+    iterator.close()  # type: ignore[attr-defined]
+    assert prefetchers() == before
+
+
+@pytest.mark.timeout(60)
+def test_a_failing_thread_raises_in_the_consumer(small_set: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = load(small_set)
+    monkeypatch.setattr(loader, "step_rows", lambda state: 1 // (3 - state.position))
+    with pytest.raises(ZeroDivisionError):
+        list(loader)
+    assert loader.wait_seconds >= 0
+
+
+def damaged_copy(small_dir: Path, to: Path, flips: list[tuple[str, str, int]]) -> ShardSet:
+    """A copy of the shards with one bit flipped in (tar, column, sample)."""
+    shutil.copytree(small_dir, to)
+    for tar, column, sample in flips:
+        at = int(np.load(to / tar.replace(".tar", ".index") / f"{column}.npy")[sample])
+        data = bytearray((to / tar).read_bytes())
+        data[at + 1] ^= 1
+        (to / tar).write_bytes(bytes(data))
+    return ShardSet.open(to)
+
+
+@pytest.mark.parametrize("column", ["vector_offset", "text_offset"])
+def test_a_damaged_pair_is_masked_and_shifts_nothing(small_dir: Path, tmp_path: Path, column: str) -> None:
+    shards = damaged_copy(small_dir, tmp_path / "copy", [("flickr-train-00001.tar", column, 5)])
+    loader = load(shards)
+    masked = 0
+    for (_, (rows,)), (_, (whole,)) in zip(loader, load(ShardSet.open(small_dir)), strict=True):
+        lost = whole.valid & ~rows.valid
+        masked += int(lost.sum())
+        assert (rows.targets[lost] == -100).all()
+        assert not rows.vision[lost].any()
+        assert not rows.has_vision[lost].any()
+        assert not rows.words[lost].any()
+        assert np.array_equal(rows.targets[~lost], whole.targets[~lost])
+    assert masked == 1
+    ((tar, key),) = loader.damaged
+    assert tar == "flickr-train-00001.tar"
+    assert key.startswith("flickr-")
+
+
+def test_damaged_text_is_masked_inside_its_rows(small_dir: Path, tmp_path: Path) -> None:
+    shards = damaged_copy(small_dir, tmp_path / "copy", [("childes-train-00000.tar", "text_offset", 0)])
+    loader = load(shards)
+    lost = sum(int((rows.targets >= 0).sum()) for _, (rows,) in loader)
+    whole = sum(int((rows.targets >= 0).sum()) for _, (rows,) in load(ShardSet.open(small_dir)))
+    offsets = np.load(small_dir / "childes-train-00000.index" / "token_offsets.npy")
+    assert whole - lost == offsets[1] + 1
+    assert len(loader.damaged) == 1
+
+
+@pytest.mark.timeout(60)
+def test_too_much_damage_stops_the_run(small_dir: Path, tmp_path: Path) -> None:
+    flips = [("flickr-train-00001.tar", "text_offset", sample) for sample in (1, 2)]
+    loader = load(damaged_copy(small_dir, tmp_path / "copy", flips))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"2 of \d+ samples are damaged .*flickr-.* in flickr-train-00001"):
+            list(loader)
+
+
+def test_directories_that_are_not_whole(small_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"make shards with tools/make_shards\.py"):
+        ShardSet.open(tmp_path / "none")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "manifest.json").write_text('{"a": 1}')
+    with pytest.raises(DataError, match="is not a manifest"):
+        ShardSet.open(tmp_path / "foreign")
+    (tmp_path / "foreign" / "manifest.json").write_text('{"a": ')
+    with pytest.raises(DataError, match="is damaged"):
+        ShardSet.open(tmp_path / "foreign")
+    copy = tmp_path / "copy"
+    shutil.copytree(small_dir, copy)
+    tar = copy / "flickr-train-00000.tar"
+    tar.write_bytes(tar.read_bytes()[:-5000])
+    with pytest.raises(DataError, match="flickr-train-00000.tar is truncated or changed"):
+        ShardSet.open(copy)
+    tar.unlink()
+    with pytest.raises(DataError, match="flickr-train-00000.tar: No such file"):
+        ShardSet.open(copy)
+    shutil.copy(small_dir / tar.name, tar)
+    shutil.rmtree(copy / "flickr-train-00000.index")
+    with pytest.raises(DataError, match=r"flickr-train-00000\.index/header\.npy is missing"):
+        ShardSet.open(copy)
+    shutil.copytree(small_dir / "flickr-train-00001.index", copy / "flickr-train-00000.index")
+    with pytest.raises(DataError, match="flickr-train-00000"):
+        ShardSet.open(copy)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.json is missing"):
+        ShardSet.open(copy)
+
+
+def validation(shards: ShardSet, modality: str, **settings: object) -> ValidationSet:
+    chosen = {"micro_batch": 4, "row_tokens": 32, "max_samples": 1000, "rank": 0, "world": 1, **settings}
+    return ValidationSet(shards, modality=modality, **chosen)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("modality", ["pairs", "text"])
+@pytest.mark.parametrize("world", [1, 3])
+def test_validation_holds_the_split_once(small_set: ShardSet, modality: str, world: int) -> None:
+    ranks = [validation(small_set, modality, rank=r, world=world) for r in range(world)]
+    entries = [e for e in small_set.manifest["shards"] if e["split"] == "validation" and e["modality"] == modality]
+    batches = [rows for ranked in ranks for rows in ranked.batches()]
+    assert len({len(ranked) for ranked in ranks}) == 1
+    assert len(batches) == world * len(ranks[0])
+    assert sum(int(rows.words.sum()) for rows in batches) == sum(e["words"] for e in entries)
+    expected = sum(e["tokens"] + e["samples"] for e in entries)
+    assert sum(int((rows.targets >= 0).sum()) for rows in batches) == expected
+    assert len({at for rows in batches for at in rows.rows.tolist()}) == 4 * len(batches)
+    assert not any(rows.packed for rows in batches)
+
+
+def test_max_samples_chooses_whole_samples_always_the_same(small_set: ShardSet) -> None:
+    few = validation(small_set, "pairs", max_samples=7)
+    assert few.samples == 7
+    again = validation(small_set, "pairs", max_samples=7, micro_batch=2)
+    ids = [np.concatenate([rows.image_ids[rows.valid] for rows in s.batches()]) for s in (few, again)]
+    assert np.array_equal(*ids)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(8, 40))
+def test_permuted_vision_is_never_of_the_same_image(small_set: ShardSet, max_samples: int) -> None:
+    pool = validation(small_set, "pairs", max_samples=max_samples, row_tokens=200)
+    try:
+        pairs = list(zip(pool.batches("right"), pool.batches("permuted"), strict=True))
+    except DataError as error:
+        assert "more than half" in str(error)
+        return
+    seen: list[int] = []
+    for right, permuted in pairs:
+        assert np.array_equal(right.image_ids, permuted.image_ids)
+        assert np.array_equal(right.targets, permuted.targets)
+        assert np.array_equal(right.has_vision, permuted.has_vision)
+        own, other = image_ids(right.vision[right.valid]), image_ids(permuted.vision[permuted.valid])
+        assert np.array_equal(own, right.image_ids[right.valid])
+        assert (own != other).all()
+        seen += other.tolist()
+    rightful = [i for right, _ in pairs for i in right.image_ids[right.valid].tolist()]
+    assert sorted(seen) == sorted(rightful)
+
+
+def test_validation_that_cannot_be(small_set: ShardSet, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "raw", "one", ["a b"] * 40, vectors_of(2, 40))
+    make(tmp_path / "raw", tmp_path / "out", validation_fraction=0.999)
+    shards = ShardSet.open(tmp_path / "out")
+    with pytest.raises(DataError, match="holds no text"):
+        validation(shards, "text")
+    lopsided = validation(shards, "pairs", max_samples=1)
+    with pytest.raises(DataError, match="more than half"):
+        list(lopsided.batches("permuted"))
+    with pytest.raises(DataError, match="text has no vectors"):
+        list(validation(small_set, "text").batches("permuted"))
+    with pytest.raises(ValueError, match="max_samples must be >= 1, got 0"):
+        validation(small_set, "pairs", max_samples=0)
+
+
+def test_damaged_validation_samples_are_left_out(small_dir: Path, tmp_path: Path) -> None:
+    tar = "flickr-validation-00000.tar"
+    shards = damaged_copy(small_dir, tmp_path / "copy", [(tar, "vector_offset", 2)])
+    whole = validation(ShardSet.open(small_dir), "pairs")
+    assert validation(shards, "pairs").samples == whole.samples - 1
