@@ -36,7 +36,7 @@ from bitmar.engine.zero import ZeroEngine, choose_precision
 from bitmar.evaluation.perplexity import validate
 from bitmar.model.bitmar import BitMar, parameter_counts
 from bitmar.model.memory import MemoryState
-from bitmar.observability.plots import plot_run
+from bitmar.observability.plots import write_plots
 from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import Cadence, select
 from bitmar.observability.sinks import Sink, open_sinks
@@ -82,6 +82,7 @@ class Run:
     validation: dict[str, float] = field(default_factory=dict)  # the last one
     validated_at: int = -1
     saved_at: int = -1
+    reported_damage: int = 0  # damaged samples told of so far
 
     @property
     def last_step(self) -> int:
@@ -365,7 +366,11 @@ def log(run: Run, state: LoaderState, rates: Rates) -> None:
     s.add("Throughput/Words_Per_Second", w.words / w.seconds)
     s.add("Throughput/Tokens_Per_Second", w.tokens / w.seconds)
     s.add("Throughput/Step_Seconds", w.seconds, w.steps)
-    s.add("Data/Damaged_Samples", len(run.loader.damaged))
+    damaged = run.loader.damaged
+    s.peak("Data/Damaged_Samples", len(damaged))
+    for shard, key in damaged[run.reported_damage :]:
+        run.sinks.event("damaged_sample", shard=shard, key=key)
+    run.reported_damage = len(damaged)
     phase = config.phases[state.phase]
     s.same("Training/Learning_Rate", rates.learning_rate)
     s.same("Training/Weight_Decay", rates.weight_decay)
@@ -432,7 +437,7 @@ def finish(run: Run) -> None:
     if not run.world.is_first:
         return
     directory = run.config.run_directory
-    plot_run(directory)
+    write_plots(directory, [phase.name for phase in run.config.phases], run.shards.generated)
     seconds, progress = run.progress.seconds, run.progress
     summary = {
         "data": "generated" if run.shards.generated else "given",

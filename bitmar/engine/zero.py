@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,8 @@ class ZeroEngine:
         if world.device.type == "cpu":  # serves inference only, and would be compiled on the user's machine
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, at every step
+        warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
         ds_config = ds_config | {
             "train_batch_size": config.training.global_batch,
             "train_micro_batch_size_per_gpu": config.training.micro_batch,
