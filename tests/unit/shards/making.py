@@ -15,26 +15,7 @@ from shards.record import VECTOR_SIZE
 from shards.writer import Options
 
 REAL_RAW = Path(__file__).resolve().parents[4] / "shared" / "data" / "raw"
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "near",
-    "héllo",
-    "wörld",
-    "日本",
-    "and",
-    "then",
-    "some",
-    "7",
-    "more",
-    "words",
-    ",",
-    ".",
-]
+WORDS = tuple("the cat sat on a mat near héllo wörld 日本 and then some 7 more words , .".split())  # noqa: SIM905
 
 
 def captions_of(count: int, seed: int = 0) -> list[str]:

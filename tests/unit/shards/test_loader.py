@@ -224,10 +224,10 @@ def test_directories_that_are_not_whole(small_dir: Path, tmp_path: Path) -> None
     shutil.copytree(small_dir, copy)
     tar = copy / "flickr-train-00000.tar"
     tar.write_bytes(tar.read_bytes()[:-5000])
-    with pytest.raises(DataError, match="flickr-train-00000.tar is truncated or changed"):
+    with pytest.raises(DataError, match=r"flickr-train-00000\.tar is truncated or changed"):
         ShardSet.open(copy)
     tar.unlink()
-    with pytest.raises(DataError, match="flickr-train-00000.tar: No such file"):
+    with pytest.raises(DataError, match=r"flickr-train-00000\.tar: No such file"):
         ShardSet.open(copy)
     shutil.copy(small_dir / tar.name, tar)
     shutil.rmtree(copy / "flickr-train-00000.index")
@@ -265,19 +265,20 @@ def test_max_samples_chooses_whole_samples_always_the_same(small_set: ShardSet) 
     few = validation(small_set, "pairs", max_samples=7)
     assert few.samples == 7
     again = validation(small_set, "pairs", max_samples=7, micro_batch=2)
-    ids = [np.concatenate([rows.image_ids[rows.valid] for rows in s.batches()]) for s in (few, again)]
-    assert np.array_equal(*ids)
+    first, second = [[rows.image_ids[rows.valid] for rows in chosen.batches()] for chosen in (few, again)]
+    assert np.array_equal(np.concatenate(first), np.concatenate(second))
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(8, 40))
 def test_permuted_vision_is_never_of_the_same_image(small_set: ShardSet, max_samples: int) -> None:
     pool = validation(small_set, "pairs", max_samples=max_samples, row_tokens=200)
-    try:
-        pairs = list(zip(pool.batches("right"), pool.batches("permuted"), strict=True))
-    except DataError as error:
-        assert "more than half" in str(error)
+    ids = np.concatenate([rows.image_ids[rows.valid] for rows in pool.batches()])
+    if 2 * np.unique(ids, return_counts=True)[1].max() > len(ids):
+        with pytest.raises(DataError, match="more than half"):
+            next(pool.batches("permuted"))
         return
+    pairs = list(zip(pool.batches("right"), pool.batches("permuted"), strict=True))
     seen: list[int] = []
     for right, permuted in pairs:
         assert np.array_equal(right.image_ids, permuted.image_ids)
