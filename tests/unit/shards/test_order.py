@@ -186,3 +186,15 @@ def test_fractions_of_epochs() -> None:
 def test_phases_that_make_no_sense(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_order([PhaseSpec("p", **fields)])
+
+
+def test_phases_draw_their_own_orders() -> None:
+    _, order = make_order([PhaseSpec("a", {"pairs": 1}, epochs=1), PhaseSpec("b", {"pairs": 1}, epochs=1)])
+    assert not all(same(order.batch(0, step), order.batch(1, step)) for step in range(order.steps(0)))
+
+
+def test_words_that_fit_a_batch_exactly_take_it() -> None:
+    whole = make_order([PhaseSpec("w", {"text": 1, "pairs": 1}, epochs=1)])
+    held = sum(whole[0].words_of(whole[1].batch(0, step)) for step in range(5))
+    assert make_order([PhaseSpec("w", {"text": 1, "pairs": 1}, words=held)])[1].steps(0) == 5
+    assert make_order([PhaseSpec("w", {"text": 1, "pairs": 1}, words=held - 1)])[1].steps(0) == 4
