@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 import yaml
-from shards.loader import Loader, LoaderState, Rows, ShardSet, ValidationSet
-from shards.order import PhaseSpec
 
 from bitmar.batch import IGNORE, Batch
 from bitmar.config import Config, ConfigError, dump_config, load_config
@@ -41,9 +39,13 @@ from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import Cadence, select
 from bitmar.observability.sinks import Sink, open_sinks
 from bitmar.observability.stats import Statistics, record_memory
+from shards.loader import Loader, LoaderState, Rows, ShardSet, ValidationSet
+from shards.order import PhaseSpec
 from shards.record import DataError
 
 USER_ERROR = 2  # exit code of a mistake in recipe, data or checkpoint
+INTERRUPTED = 130
+OTHER_RANK_WAIT_S = 5.0  # rank 0 tells of an error that all ranks meet; a rank that lives on after this tells its own
 
 
 class TrainingError(RuntimeError):
@@ -82,6 +84,7 @@ class Run:
     validation: dict[str, float] = field(default_factory=dict)  # the last one
     validated_at: int = -1
     saved_at: int = -1
+    finished: bool = False  # an earlier start came to the end and wrote summary.json
     reported_damage: int = 0  # damaged samples told of so far
 
     @property
@@ -96,17 +99,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         world = join_world(config.engine.timeout_s, config.engine.threads_per_rank)
         train(config, world)
-    except (ConfigError, DataError, CheckpointError) as error:
+    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+        report(error)
+        return 1 if isinstance(error, TrainingError) else USER_ERROR
+    except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except TrainingError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 1
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
     finally:
         leave_world()
     return 0
+
+
+def report(error: Exception) -> None:
+    """One line on standard error: from rank 0, and from another rank that is the only one to fail."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(OTHER_RANK_WAIT_S)
+    print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -126,6 +136,11 @@ def train(config: Config, world: World) -> None:
     run = assemble(config, world)
     code = 1
     try:
+        if run.finished:
+            if world.is_first:
+                print(f"finished already at step {run.progress.step}; nothing is left to train", flush=True)
+            code = 0
+            return
         if run.progress.step == 0:
             run.progress = dataclasses.replace(run.progress, initial_loss=hold_validation(run))
         loop(run)
@@ -169,28 +184,17 @@ def assemble(config: Config, world: World) -> Run:
     shards = ShardSet.open(Path(config.data.shards))
     model = build_model(config, shards, world)
     parameters = parameter_counts(model)
-    phases = [PhaseSpec(p.name, p.mix, p.epochs, p.words, p.steps) for p in config.phases]
     manifest_hash = hashlib.sha256(json.dumps(shards.manifest, sort_keys=True).encode()).hexdigest()
     identity = checkpoint.identity(config, shards.tokenizer_hash, manifest_hash)
     engine = ZeroEngine(model, config, world)
     memory, progress = resume_or_start(config, engine, identity, world)
-    loader = Loader(
-        shards,
-        phases,
-        seed=config.run.seed,
-        global_batch=config.training.global_batch,
-        micro_batch=config.training.micro_batch,
-        row_tokens=config.data.row_tokens,
-        rank=world.rank,
-        world=world.size,
-        state=LoaderState(progress.phase, progress.position),
-        prefetch=config.data.prefetch_steps,
-    )
-    lengths = [loader.order.steps(i) for i in range(len(phases))]
+    loader = open_loader(config, shards, progress, world)
+    lengths = [loader.order.steps(i) for i in range(len(config.phases))]
     check_words(config, shards, loader)
-    sinks = open_run(config, world, progress, sum(lengths))
-    statistics = Statistics(select(Cadence.STEP), world.device)
     held_out = open_validation(config, shards, world)
+    finished = world.broadcast_object(is_finished(config, progress, sum(lengths)))
+    sinks = open_run(config, world, progress, sum(lengths), finished)
+    statistics = Statistics(select(Cadence.STEP), world.device)
     parts = (
         shards,
         engine,
@@ -204,10 +208,31 @@ def assemble(config: Config, world: World) -> Run:
         statistics,
         held_out,
     )
-    run = Run(config, world, *parts, saved_at=progress.step or -1)
+    run = Run(config, world, *parts, saved_at=progress.step or -1, finished=finished)
     if world.is_first:
         announce(run)
     return run
+
+
+def open_loader(config: Config, shards: ShardSet, progress: Progress, world: World) -> Loader:
+    """This rank's batches from where the run stands. Raises ConfigError for a phase that the shards cannot serve."""
+    try:
+        return Loader(
+            shards,
+            [PhaseSpec(p.name, p.mix, p.epochs, p.words, p.steps) for p in config.phases],
+            seed=config.run.seed,
+            global_batch=config.training.global_batch,
+            micro_batch=config.training.micro_batch,
+            row_tokens=config.data.row_tokens,
+            rank=world.rank,
+            world=world.size,
+            state=LoaderState(progress.phase, progress.position),
+            prefetch=config.data.prefetch_steps,
+        )
+    except DataError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def build_model(config: Config, shards: ShardSet, world: World) -> BitMar:
@@ -263,13 +288,24 @@ def resume_or_start(
     return memory, Progress(world.broadcast_object(secrets.token_hex(4)))
 
 
-def open_run(config: Config, world: World, progress: Progress, total_steps: int) -> Sink:
-    """The run's directory with its resolved config, and the sinks of this rank."""
+def is_finished(config: Config, progress: Progress, total_steps: int) -> bool:
+    """Whether nothing is left to train and summary.json tells of the last step."""
+    path = config.run_directory / "summary.json"
+    if progress.step < min(total_steps, config.training.max_steps or total_steps) or not path.is_file():
+        return False
+    return json.loads(path.read_text(encoding="utf-8"))["step"] == progress.step
+
+
+def open_run(config: Config, world: World, progress: Progress, total_steps: int, finished: bool) -> Sink:
+    """The run's directory with its resolved config, and the sinks of this rank. Raises ConfigError."""
     directory = config.run_directory
     if world.is_first:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    mode = config.logging.wandb
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"run.directory: {directory} cannot be written: {error.strerror}") from None
+    mode = "disabled" if finished else config.logging.wandb
     return open_sinks(
         directory,
         world.rank,

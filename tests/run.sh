@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Every check and test of the repository, fast ones first; the last lines are pytest's own.
+#
+#     bash tests/run.sh          all but the soak tests
+#     bash tests/run.sh quick    without those marked slow (a few minutes)
+#     bash tests/run.sh soak     all, the soak tests too
+#
+# Makes .venv where it is missing. Exit code 0: everything passed; 1: something failed; 2: it could not start.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+. launch/setup.sh
+
+case "${1:-}" in
+    "") marks='not soak' ;;
+    quick) marks='not slow and not soak' ;;
+    soak) marks='' ;;
+    *) stop "usage: bash tests/run.sh [quick|soak], got $1" ;;
+esac
+set_up
+
+failed=()
+check() { # name, command...
+    local name=$1
+    shift
+    echo "== $name"
+    "$@" || failed+=("$name")
+}
+
+export WANDB_MODE=offline WANDB_SILENT=true PYRIGHT_PYTHON_IGNORE_WARNINGS=1
+[ "$(count_gpus)" -gt 0 ] || export DS_ACCELERATOR=cpu
+
+check "ruff check" ruff check
+check "ruff format" ruff format --check
+check "pyright" pyright
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "FAILED before the tests: ${failed[*]}"
+fi
+
+echo "== pytest"
+python -m pytest -m "$marks" tests/unit tests/numerics tests/integration
+tests=$?
+[ $tests -eq 0 ] && [ ${#failed[@]} -eq 0 ]
