@@ -119,13 +119,20 @@ class ModelConfig:
             *("text_latent_size", "memory_size", "episode_dim", "recall_group", "rotary_base"),
         )
         _not_negative("model", self, "memory_noise", "writes_per_step")
-        _require(self.vision_tokens > 1, f"model.vision_tokens must be > 1, got {self.vision_tokens}: "
-                 "attention over a single key has weights of exactly 1 and learns nothing")  # fmt: skip
-        _require(self.width % self.heads == 0 and (self.width // self.heads) % 2 == 0,
-                 f"model.width {self.width} must be an even multiple of model.heads {self.heads}")  # fmt: skip
-        _require(self.text_latent_size == self.vision_latent_size,
-                 f"model.text_latent_size {self.text_latent_size} must equal model.vision_latent_size "
-                 f"{self.vision_latent_size}: the contrastive loss compares the two")  # fmt: skip
+        _require(
+            self.vision_tokens > 1,
+            f"model.vision_tokens must be > 1, got {self.vision_tokens}: "
+            "attention over a single key has weights of exactly 1 and learns nothing",
+        )
+        _require(
+            self.width % self.heads == 0 and (self.width // self.heads) % 2 == 0,
+            f"model.width {self.width} must be an even multiple of model.heads {self.heads}",
+        )
+        _require(
+            self.text_latent_size == self.vision_latent_size,
+            f"model.text_latent_size {self.text_latent_size} must equal model.vision_latent_size "
+            f"{self.vision_latent_size}: the contrastive loss compares the two",
+        )
         _require(self.contrastive_group > 1, f"model.contrastive_group must be > 1, got {self.contrastive_group}")
         _require(0 < self.memory_alpha <= 1, f"model.memory_alpha must lie in (0, 1], got {self.memory_alpha}")
         _require(-1 <= self.memory_match <= 1, f"model.memory_match must lie in [-1, 1], got {self.memory_match}")
@@ -151,8 +158,10 @@ class PhaseConfig:
         _require(len(given) == 1, f"{where} needs exactly one of epochs, words, steps, got {given or 'none'}")
         length = getattr(self, given[0])
         _require(length > 0, f"{where}.{given[0]} must be > 0, got {length}")
-        _require(bool(self.mix) and all(w > 0 for w in self.mix.values()),
-                 f"{where}.mix must give each source a weight > 0, got {self.mix}")  # fmt: skip
+        _require(
+            bool(self.mix) and all(w > 0 for w in self.mix.values()),
+            f"{where}.mix must give each source a weight > 0, got {self.mix}",
+        )
         for name, weight in self.losses.items():
             _require(name in LOSSES, f"{where}.losses: unknown loss {name!r}, one of {', '.join(LOSSES)}")
             _require(weight >= 0, f"{where}.losses.{name} must be >= 0, got {weight}")
@@ -215,8 +224,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _positive("engine", self, "timeout_s")
-        _require(self.threads_per_rank is None or self.threads_per_rank > 0,
-                 f"engine.threads_per_rank must be > 0, got {self.threads_per_rank}")  # fmt: skip
+        _require(
+            self.threads_per_rank is None or self.threads_per_rank > 0,
+            f"engine.threads_per_rank must be > 0, got {self.threads_per_rank}",
+        )
 
 
 @dataclass(frozen=True)
@@ -266,15 +277,22 @@ class Config:
     def __post_init__(self) -> None:
         t, m = self.training, self.model
         _require(bool(self.phases), "phases is empty: give at least one phase")
-        _require(t.global_batch % t.micro_batch == 0,
-                 f"training.global_batch {t.global_batch} must be a multiple of training.micro_batch {t.micro_batch}")  # fmt: skip
+        _require(
+            t.global_batch % t.micro_batch == 0,
+            f"training.global_batch {t.global_batch} must be a multiple of training.micro_batch {t.micro_batch}",
+        )
         contrastive = any(p.losses.get("contrastive", 0) > 0 for p in self.phases)
-        _require(not contrastive or t.micro_batch % m.contrastive_group == 0 or m.contrastive_group % t.micro_batch == 0,
-                 f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {t.micro_batch} "
-                 "or be a multiple of it")  # fmt: skip
+        fits = t.micro_batch % m.contrastive_group == 0 or m.contrastive_group % t.micro_batch == 0
+        _require(
+            not contrastive or fits,
+            f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {t.micro_batch} "
+            "or be a multiple of it",
+        )
         recall = any(p.losses.get("recall", 0) > 0 for p in self.phases)
-        _require(not recall or t.micro_batch % m.recall_group == 0,
-                 f"training.micro_batch {t.micro_batch} must be a multiple of model.recall_group {m.recall_group}")  # fmt: skip
+        _require(
+            not recall or t.micro_batch % m.recall_group == 0,
+            f"training.micro_batch {t.micro_batch} must be a multiple of model.recall_group {m.recall_group}",
+        )
         names = [p.name for p in self.phases]
         _require(len(set(names)) == len(names), f"phases need names of their own, got {names}")
 
@@ -286,13 +304,17 @@ class Config:
         """Refuse a batch that `world_size` ranks do not divide. Raises ConfigError."""
         t, m = self.training, self.model
         together = t.micro_batch * world_size
-        _require(t.global_batch % together == 0,
-                 f"training.global_batch {t.global_batch} is not divided by training.micro_batch {t.micro_batch} x "
-                 f"{world_size} ranks; a multiple of {together} would do, or another micro-batch")  # fmt: skip
+        _require(
+            t.global_batch % together == 0,
+            f"training.global_batch {t.global_batch} is not divided by training.micro_batch {t.micro_batch} x "
+            f"{world_size} ranks; a multiple of {together} would do, or another micro-batch",
+        )
         contrastive = any(p.losses.get("contrastive", 0) > 0 for p in self.phases)
-        _require(not contrastive or together % m.contrastive_group == 0,
-                 f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {t.micro_batch} x "
-                 f"{world_size} ranks = {together}: its rows are compared within one forward pass")  # fmt: skip
+        _require(
+            not contrastive or together % m.contrastive_group == 0,
+            f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {t.micro_batch} x "
+            f"{world_size} ranks = {together}: its rows are compared within one forward pass",
+        )
 
     def accumulation_steps(self, world_size: int) -> int:
         return self.training.global_batch // (self.training.micro_batch * world_size)
@@ -342,8 +364,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
-            _require(key.isdigit() and int(key) < len(node),
-                     f"override {override!r}: {key!r} is no index into {'.'.join(keys[:depth])} (0 to {len(node) - 1})")  # fmt: skip
+            _require(
+                key.isdigit() and int(key) < len(node),
+                f"override {override!r}: {key!r} is no index into {'.'.join(keys[:depth])} (0 to {len(node) - 1})",
+            )
             index: Any = int(key)
         else:
             _require(

@@ -122,6 +122,9 @@ class ZeroEngine:
             "steps_per_print": 10**12,
             "zero_allow_untested_optimizer": True,
         }
+        # untyped: what DeepSpeed hands out differs by stage
+        self._engine: Any
+        self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
@@ -139,7 +142,7 @@ class ZeroEngine:
 
     def set_rates(self, rates: Rates, trained: tuple[str, ...]) -> None:
         """Set rate and decay; components outside `trained` get rate, decay and gradient 0: bit-identical after."""
-        self._frozen = set(COMPONENTS) - set(trained)
+        self._frozen = {component for component in COMPONENTS if component not in trained}
         for group in self._optimizer.param_groups:
             on = group["component"] in trained
             group["lr"] = rates.learning_rate if on else 0.0
@@ -166,7 +169,7 @@ class ZeroEngine:
                 state = self._optimizer.state[p]
                 yield ParameterState(name, p.detach(), state["exp_avg"], state["exp_avg_sq"])
             else:
-                parts = [safe_get_full_fp32_param(p)]
+                parts: list[Any] = [safe_get_full_fp32_param(p)]
                 parts += [safe_get_full_optimizer_state(p, key) for key in ("exp_avg", "exp_avg_sq")]
                 yield ParameterState(name, *(part.view(whole_shape(p)) for part in parts))
 

@@ -36,7 +36,7 @@ Case = tuple[bool, int, int, int]
 def cases(world_size: int) -> list[Case]:
     """Group 4 fits every split; group 8 spans the two ranks and needs all rows in one forward pass."""
     micro = (8, 4) if world_size == 1 else (4,)
-    found = list(product((False, True), STAGES, micro, (4,)))
+    found: list[Case] = list(product((False, True), STAGES, micro, (4,)))
     return found + [(False, stage, 8 // world_size, 8) for stage in (0, 2)]
 
 
