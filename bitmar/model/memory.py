@@ -6,6 +6,10 @@ D model width, Z latent width, G groups of the recall loss.
 
 The state never is a Parameter. All micro-batches of an optimizer step read the state from before the step;
 it changes once, at the step's end, in `commit`.
+
+A third way to write, a gradient step on the slots themselves, is left out: its slots mix episodes of many images,
+so that no mask could keep a reader from its own, and it keeps less of an episode than a direct write does
+(tools/bench_memory.py measures both).
 """
 
 from __future__ import annotations

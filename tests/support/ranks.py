@@ -16,18 +16,20 @@ from bitmar.engine.world import World, free_port, join_world, leave_world
 TIMEOUT_S = 300  # of a collective: a guard against hangs, not a measure
 
 
-def run_ranks(size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(size: int, folder: Path, function: Callable[..., Any], *arguments: Any, threads: int = 1) -> list[Any]:
     """`function(world, *arguments)` in `size` processes; returns what each returned, by rank.
 
     Results travel through torch files in `folder`, so they may hold tensors and plain values. A rank that
     raises fails the caller with that rank's traceback.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    mp.spawn(_rank, (size, free_port(), str(folder), function, arguments), nprocs=size)  # type: ignore[attr-defined]
+    mp.spawn(_rank, (size, free_port(), str(folder), threads, function, arguments), nprocs=size)  # type: ignore[attr-defined]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(size)]
 
 
-def _rank(rank: int, size: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any]) -> None:
+def _rank(
+    rank: int, size: int, port: int, folder: str, threads: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ |= {
         "RANK": str(rank),
@@ -37,7 +39,7 @@ def _rank(rank: int, size: int, port: int, folder: str, function: Callable[..., 
         "MASTER_PORT": str(port),
         "DS_ACCELERATOR": "cpu",
     }
-    world: World = join_world(TIMEOUT_S, threads=1)
+    world: World = join_world(TIMEOUT_S, threads)
     try:
         torch.save(function(world, *arguments), Path(folder) / f"rank{rank}.pt")
     finally:
