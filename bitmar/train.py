@@ -97,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. A user's mistake is one line on standard error and exit code 2."""
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
+        config.check_world(int(os.environ.get("WORLD_SIZE", "1")))  # before the ranks wait for each other
         world = join_world(config.engine.timeout_s, config.engine.threads_per_rank)
         train(config, world)
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
