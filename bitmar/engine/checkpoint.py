@@ -91,7 +91,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     files = _write_parameters(temporary, engine, world.is_first)
-    rng = world.gather(torch.get_rng_state())
+    rng = world.gather(torch.get_rng_state().to(world.device)).cpu()
     _check_memory_agrees(memory, world)
     if world.is_first:
         save_file({k: v.cpu().contiguous() for k, v in memory.tensors().items()}, temporary / "memory.safetensors")

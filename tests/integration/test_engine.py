@@ -14,12 +14,12 @@ import torch
 from bitmar.batch import Batch
 from bitmar.config import COMPONENTS, Config, DataConfig, EngineConfig, OptimizerConfig, PhaseConfig, TrainingConfig
 from bitmar.engine.schedule import Rates, rates_at
-from bitmar.engine.step import train_step
+from bitmar.engine.step import gather_episodes, train_step
 from bitmar.engine.world import World
 from bitmar.engine.zero import ZeroEngine
 from bitmar.losses import compute_losses, loss_counts
 from bitmar.model.bitmar import BitMar
-from bitmar.model.memory import MemoryState
+from bitmar.model.memory import Episodes, MemoryState, commit
 from tests.support.batches import caption_batch, slice_batch, small_model, text_batch
 from tests.support.ranks import run_ranks
 
@@ -111,11 +111,28 @@ def freeze_case(world: World, stage: int) -> dict[str, Any]:
     return {name: bool(torch.equal(before[name], after[name])) for name in before}
 
 
+def write_case(world: World) -> dict[str, torch.Tensor]:
+    """Equal episodes, shared out over the ranks, written for five steps."""
+    config = small_model(memory_size=5, memory_noise=0.1)
+    memory = MemoryState.empty(5, 16)
+    for step in range(5):
+        g = torch.Generator().manual_seed(step)
+        surprise, keys = torch.rand(8, generator=g), torch.randn(8, 16, generator=g)
+        values = torch.randn(8, 16, generator=g)
+        ids, mass = torch.randint(1, 6, (8,), generator=g), torch.rand(8, 5, generator=g, dtype=torch.float64)
+        mine = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
+        episodes = Episodes(surprise[mine], torch.arange(8)[mine], ids[mine], keys[mine], values[mine])
+        everyone, read_mass = gather_episodes(episodes, mass[mine].sum(0), world)
+        memory, _ = commit(memory, everyone, read_mass, config, seed=1, step=step)
+    return memory.tensors()
+
+
 def matrix(world: World) -> dict[str, Any]:
     results: dict[str, Any] = {str(case): train_case(world, config_of(*case)) for case in cases(world.size)}
     for stage in (0, 3):
         larimar = config_of(False, stage, ROWS // world.size, 4, "larimar")
         results[f"larimar {stage}"] = train_case(world, larimar)
+    results["write"] = write_case(world)
     for stage in STAGES:
         results[f"freeze {stage}"] = freeze_case(world, stage)
     return results
@@ -176,6 +193,12 @@ def test_memory_has_the_same_bits_on_both_ranks(two: list[dict[str, Any]]) -> No
         assert mine["written"].all(), "20 steps fill the memory"
         for name in mine:
             assert torch.equal(mine[name], other[name]), (case, name)
+
+
+def test_equal_episodes_are_written_alike_on_one_rank_and_two(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    for name, expected in alone["write"].items():
+        for rank in two:
+            torch.testing.assert_close(rank["write"][name], expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)
