@@ -89,11 +89,11 @@ end_launch() { # launcher
     trap '' INT TERM HUP
     echo >&2
     for tries in {0..79}; do
-        [ $((tries % 10)) -ne 0 ] || kill -INT -- "-$1" 2>/dev/null
+        [ $((tries % 10)) -ne 0 ] || kill -INT -- "-$1" 2>/dev/null || true
         kill -0 -- "-$1" 2>/dev/null || break
         sleep 0.5
     done
-    kill -KILL -- "-$1" 2>/dev/null
+    kill -KILL -- "-$1" 2>/dev/null || true
     echo "stopped; the same command goes on from the last checkpoint" >&2
     exit 130
 }
