@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from bitmar.assembly import assemble, open_loader
 from bitmar.config import load_config
 from bitmar.engine.checkpoint import CheckpointError, Progress, checkpoint_directories
 from bitmar.engine.world import World
 from bitmar.observability.records import EVENTS_FILE, read_lines
 from bitmar.observability.schema import SCHEMA
-from bitmar.train import assemble, hold_validation, open_loader, train
+from bitmar.train import hold_validation, train
 from shards.loader import ShardSet
 from tests.support.ranks import run_ranks
 from tests.support.runs import (

@@ -25,8 +25,11 @@ shards.tokenizer
 shards.index
 shards.raw
 shards.writer
+shards.convert
 shards.order
+shards.dataset
 shards.store
+shards.rows
 shards.loader
 bitmar.config
 bitmar.engine.world
@@ -39,6 +42,7 @@ bitmar.model.bitmar
 bitmar.losses
 bitmar.engine.schedule
 bitmar.engine.zero
+bitmar.engine.step
 bitmar.engine.checkpoint
 bitmar.engine.faults
 bitmar.observability.schema
@@ -51,6 +55,7 @@ bitmar.observability.console
 bitmar.observability.sinks
 bitmar.evaluation
 bitmar.export
+bitmar.assembly
 bitmar.train
 bitmar.analysis
 """

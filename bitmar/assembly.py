@@ -1,0 +1,241 @@
+"""The parts of a run, built from its configuration in the order in which they need each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from bitmar.config import Config, ConfigError, dump_config
+from bitmar.engine import checkpoint
+from bitmar.engine.checkpoint import CheckpointError, Progress
+from bitmar.engine.world import World
+from bitmar.engine.zero import ZeroEngine, choose_precision
+from bitmar.model.bitmar import BitMar, parameter_counts
+from bitmar.model.memory import MemoryState
+from bitmar.observability.schema import Cadence, select
+from bitmar.observability.sinks import Sink, open_sinks
+from bitmar.observability.stats import Statistics
+from shards.loader import Loader, LoaderState, ShardSet, ValidationSet
+from shards.order import PhaseSpec
+from shards.record import DataError
+
+
+@dataclass
+class Window:
+    """What this rank did since the last log; `seconds` leaves out validation, checkpoints and logging."""
+
+    steps: int = 0
+    samples: int = 0
+    words: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Run:
+    """The parts of a run, assembled once. `memory`, `progress`, `window` and `validation` change as it goes."""
+
+    config: Config
+    world: World
+    shards: ShardSet
+    engine: ZeroEngine
+    loader: Loader
+    lengths: list[int]  # optimizer steps of each phase
+    parameters: dict[str, int]  # by component
+    identity: dict[str, Any]
+    memory: MemoryState
+    progress: Progress
+    sinks: Sink
+    statistics: Statistics
+    held_out: dict[str, ValidationSet]  # by modality
+    window: Window = field(default_factory=Window)
+    validation: dict[str, float] = field(default_factory=dict)  # the last one
+    validated_at: int = -1
+    saved_at: int = -1
+    finished: bool = False  # an earlier start came to the end and wrote summary.json
+    reported_damage: int = 0  # damaged samples told of so far
+
+    @property
+    def last_step(self) -> int:
+        total = sum(self.lengths)
+        return min(total, self.config.training.max_steps or total)
+
+
+def assemble(config: Config, world: World) -> Run:
+    """Build every part of the run. Raises ConfigError, DataError or CheckpointError."""
+    config.check_world(world.size)
+    shards = ShardSet.open(Path(config.data.shards))
+    model = build_model(config, shards, world)
+    parameters = parameter_counts(model)
+    manifest_hash = hashlib.sha256(json.dumps(shards.manifest, sort_keys=True).encode()).hexdigest()
+    identity = checkpoint.identity(config, shards.tokenizer_hash, manifest_hash)
+    engine = ZeroEngine(model, config, world)
+    memory, progress = resume_or_start(config, engine, identity, world)
+    loader = open_loader(config, shards, progress, world)
+    lengths = [loader.order.steps(i) for i in range(len(config.phases))]
+    check_words(config, shards, loader)
+    held_out = open_validation(config, shards, world)
+    finished = world.broadcast_object(is_finished(config, progress, sum(lengths)))
+    sinks = open_run(config, world, progress, sum(lengths), finished)
+    statistics = Statistics(select(Cadence.STEP), world.device)
+    parts = (
+        shards,
+        engine,
+        loader,
+        lengths,
+        parameters,
+        identity,
+        memory,
+        progress,
+        sinks,
+        statistics,
+        held_out,
+    )
+    run = Run(config, world, *parts, saved_at=progress.step or -1, finished=finished)
+    if world.is_first:
+        announce(run)
+    return run
+
+
+def open_loader(config: Config, shards: ShardSet, progress: Progress, world: World) -> Loader:
+    """This rank's batches from where the run stands. Raises ConfigError for a phase that the shards cannot serve."""
+    try:
+        return Loader(
+            shards,
+            [PhaseSpec(p.name, p.mix, p.epochs, p.words, p.steps) for p in config.phases],
+            seed=config.run.seed,
+            global_batch=config.training.global_batch,
+            micro_batch=config.training.micro_batch,
+            row_tokens=config.data.row_tokens,
+            rank=world.rank,
+            world=world.size,
+            state=LoaderState(progress.phase, progress.position),
+            prefetch=config.data.prefetch_steps,
+        )
+    except DataError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def build_model(config: Config, shards: ShardSet, world: World) -> BitMar:
+    """The model with its first weights, equal on all ranks. Raises ConfigError where the data does not fit it."""
+    if shards.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size {config.model.vocab_size} is smaller than the tokenizer's {shards.vocab_size} entries "
+            f"({config.data.shards}); raise it, or convert with --vocab-size {config.model.vocab_size}"
+        )
+    if shards.vector_size != config.model.vision_encoder_dim:
+        raise ConfigError(
+            f"model.vision_encoder_dim {config.model.vision_encoder_dim} does not match the shards' vectors of "
+            f"{shards.vector_size} numbers"
+        )
+    torch.manual_seed(config.run.seed)
+    dtype = choose_precision(config.training.precision, world.device)
+    return BitMar(config.model, config.run.seed, config.engine.activation_checkpointing, dtype)
+
+
+def check_words(config: Config, shards: ShardSet, loader: Loader) -> None:
+    """Refuse a run that reads more than BabyLM allows. Raises ConfigError."""
+    words = shards.words("train")
+    if words > config.data.words_limit:
+        raise ConfigError(
+            f"{config.data.shards} holds {words:,} words for training, more than data.words_limit "
+            f"{config.data.words_limit:,} (BabyLM's limit)"
+        )
+    for source, passes in loader.order.passes().items():
+        if passes > config.training.max_epochs:
+            raise ConfigError(
+                f"the phases read source {source} {passes} times, more than training.max_epochs "
+                f"{config.training.max_epochs}; shorten them"
+            )
+
+
+def resume_or_start(
+    config: Config, engine: ZeroEngine, identity: dict[str, Any], world: World
+) -> tuple[MemoryState, Progress]:
+    """Memory and progress of the checkpoint that checkpoint.resume asks for, or fresh ones."""
+    wish = config.checkpoint.resume
+    found = checkpoint.checkpoint_directories(config.run_directory) if wish == "auto" else []
+    chosen = found[0] if found else Path(wish) if wish not in ("auto", "never") else None
+    chosen = world.broadcast_object(chosen)
+    if chosen is not None:
+        return checkpoint.load(chosen, engine, identity, world)
+    if world.is_first and checkpoint.checkpoint_directories(config.run_directory):
+        raise CheckpointError(
+            f"{config.run_directory} holds checkpoints already; resume them (checkpoint.resume=auto), "
+            "or give this run another run.name"
+        )
+    model = config.model
+    memory = MemoryState.empty(model.memory_size, model.episode_dim, world.device)
+    return memory, Progress(world.broadcast_object(secrets.token_hex(4)))
+
+
+def is_finished(config: Config, progress: Progress, total_steps: int) -> bool:
+    """Whether nothing is left to train and summary.json tells of the last step."""
+    path = config.run_directory / "summary.json"
+    if progress.step < min(total_steps, config.training.max_steps or total_steps) or not path.is_file():
+        return False
+    return json.loads(path.read_text(encoding="utf-8"))["step"] == progress.step
+
+
+def open_run(config: Config, world: World, progress: Progress, total_steps: int, finished: bool) -> Sink:
+    """The run's directory with its resolved config, and the sinks of this rank. Raises ConfigError."""
+    directory = config.run_directory
+    if world.is_first:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"run.directory: {directory} cannot be written: {error.strerror}") from None
+    mode = "disabled" if finished else config.logging.wandb
+    return open_sinks(
+        directory,
+        world.rank,
+        project=config.logging.wandb_project,
+        name=config.run.name,
+        run_id=progress.run_id,
+        config=yaml.safe_load(dump_config(config)),
+        wandb_mode=None if mode == "auto" else mode,
+        total_steps=total_steps,
+        resume_step=progress.step if progress.step else None,
+    )
+
+
+def open_validation(config: Config, shards: ShardSet, world: World) -> dict[str, ValidationSet]:
+    """The held-out rows of each modality that the shards hold."""
+    held = {s["modality"] for s in shards.manifest["shards"] if s["split"] == "validation" and s["samples"] > 0}
+    return {
+        modality: ValidationSet(
+            shards,
+            modality=modality,
+            micro_batch=config.validation.micro_batch,
+            row_tokens=config.data.row_tokens,
+            max_samples=config.validation.max_samples,
+            rank=world.rank,
+            world=world.size,
+        )
+        for modality in sorted(held)
+    }
+
+
+def announce(run: Run) -> None:
+    """Tell what is about to be trained."""
+    total = sum(run.parameters.values())
+    parts = ", ".join(f"{name} {count:,}" for name, count in run.parameters.items())
+    print(f"parameters: {total:,} ({parts})", flush=True)
+    print(
+        f"data: {'generated, ' if run.shards.generated else ''}{run.shards.words('train'):,} words for training; "
+        f"{run.world.size} rank(s) on {run.world.device.type}, ZeRO-{run.engine.stage}, "
+        f"matrix products in {str(run.engine.module.compute_dtype).removeprefix('torch.')}",
+        flush=True,
+    )
+    phases = {p.name: n for p, n in zip(run.config.phases, run.lengths, strict=True)}
+    run.sinks.event("start", step=run.progress.step, world=run.world.size, parameters=total, phases=phases)
