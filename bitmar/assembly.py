@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from bitmar.config import Config, ConfigError, dump_config
 from bitmar.engine import checkpoint
@@ -55,6 +56,7 @@ class Run:
     sinks: Sink
     statistics: Statistics
     held_out: dict[str, ValidationSet]  # by modality
+    counted: Tensor  # words and samples of all ranks since the last log, int64 [2]
     window: Window = field(default_factory=Window)
     validation: dict[str, float] = field(default_factory=dict)  # the last one
     validated_at: int = -1
@@ -64,8 +66,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        total = sum(self.lengths)
-        return min(total, self.config.training.max_steps or total)
+        return last_step(self.config, self.lengths)
 
 
 def assemble(config: Config, world: World) -> Run:
@@ -82,23 +83,27 @@ def assemble(config: Config, world: World) -> Run:
     lengths = [loader.order.steps(i) for i in range(len(config.phases))]
     check_words(config, shards, loader)
     held_out = open_validation(config, shards, world)
-    finished = world.broadcast_object(is_finished(config, progress, sum(lengths)))
-    sinks = open_run(config, world, progress, sum(lengths), finished)
-    statistics = Statistics(select(Cadence.STEP), world.device)
-    parts = (
-        shards,
-        engine,
-        loader,
-        lengths,
-        parameters,
-        identity,
-        memory,
-        progress,
-        sinks,
-        statistics,
-        held_out,
+    last = last_step(config, lengths)
+    finished = world.broadcast_object(progress.step >= last and summary_step(config) == progress.step)
+    sinks = open_run(config, world, progress, last, finished)
+    run = Run(
+        config=config,
+        world=world,
+        shards=shards,
+        engine=engine,
+        loader=loader,
+        lengths=lengths,
+        parameters=parameters,
+        identity=identity,
+        memory=memory,
+        progress=progress,
+        sinks=sinks,
+        statistics=Statistics(select(Cadence.STEP), world.device),
+        held_out=held_out,
+        counted=torch.zeros(2, dtype=torch.int64, device=world.device),
+        saved_at=progress.step or -1,
+        finished=finished,
     )
-    run = Run(config, world, *parts, saved_at=progress.step or -1, finished=finished)
     if world.is_first:
         announce(run)
     return run
@@ -167,34 +172,48 @@ def resume_or_start(
     chosen = found[0] if found else Path(wish) if wish not in ("auto", "never") else None
     chosen = world.broadcast_object(chosen)
     if chosen is not None:
-        return checkpoint.load(chosen, engine, identity, world)
+        restored = checkpoint.load(chosen, engine, identity, world)
+        if world.is_first and chosen.resolve().parent.parent == config.run_directory.resolve():
+            for path in checkpoint.set_aside_later(chosen):
+                print(f"set aside a later checkpoint: {path}", flush=True)
+        return restored
+    problem = None
     if world.is_first and checkpoint.checkpoint_directories(config.run_directory):
-        raise CheckpointError(
+        problem = (
             f"{config.run_directory} holds checkpoints already; resume them (checkpoint.resume=auto), "
             "or give this run another run.name"
         )
+    world.raise_together(problem, CheckpointError)
     model = config.model
     memory = MemoryState.empty(model.memory_size, model.episode_dim, world.device)
     return memory, Progress(world.broadcast_object(secrets.token_hex(4)))
 
 
-def is_finished(config: Config, progress: Progress, total_steps: int) -> bool:
-    """Whether nothing is left to train and summary.json tells of the last step."""
-    path = config.run_directory / "summary.json"
-    if progress.step < min(total_steps, config.training.max_steps or total_steps) or not path.is_file():
-        return False
-    return json.loads(path.read_text(encoding="utf-8"))["step"] == progress.step
+def last_step(config: Config, lengths: list[int]) -> int:
+    """The step at which a run of phases of `lengths` ends."""
+    total = sum(lengths)
+    return min(total, config.training.max_steps or total)
+
+
+def summary_step(config: Config) -> int | None:
+    """The step that the run's summary.json tells of; None where there is none that can be read."""
+    try:
+        return json.loads((config.run_directory / "summary.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def open_run(config: Config, world: World, progress: Progress, total_steps: int, finished: bool) -> Sink:
     """The run's directory with its resolved config, and the sinks of this rank. Raises ConfigError."""
     directory = config.run_directory
+    problem = None
     if world.is_first:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"run.directory: {directory} cannot be written: {error.strerror}") from None
+            problem = f"run.directory: {directory} cannot be written: {error.strerror}"
+    world.raise_together(problem, ConfigError)
     mode = "disabled" if finished else config.logging.wandb
     return open_sinks(
         directory,

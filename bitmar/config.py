@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -106,17 +107,10 @@ class ModelConfig:
         _positive(
             "model",
             self,
-            *(
-                "vocab_size",
-                "width",
-                "heads",
-                "ffn_width",
-                "encoder_layers",
-                "decoder_layers",
-                "vision_layers",
-            ),
-            *("fusion_layers", "vision_encoder_dim", "vision_hidden_size", "vision_latent_size"),
-            *("text_latent_size", "memory_size", "episode_dim", "recall_group", "rotary_base"),
+            *("vocab_size", "width", "heads", "ffn_width", "encoder_layers", "decoder_layers"),
+            *("vision_layers", "fusion_layers", "vision_encoder_dim", "vision_hidden_size"),
+            *("vision_latent_size", "text_latent_size", "memory_size", "episode_dim"),
+            *("recall_group", "rotary_base"),
         )
         _not_negative("model", self, "memory_noise", "writes_per_step")
         _require(
@@ -175,6 +169,10 @@ class PhaseConfig:
                 f"{where}.train: unknown component {name!r}, one of {', '.join(COMPONENTS)}",
             )
         _require(bool(self.train), f"{where}.train is empty: nothing would be trained")
+        _require(
+            self.losses.get("recall", 0) == 0 or "memory" in self.train,
+            f"{where}.losses.recall trains the memory, which {where}.train leaves out: add it, or remove the loss",
+        )
 
 
 @dataclass(frozen=True)
@@ -193,6 +191,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _positive("optimizer", self, "peak_rate", "second_rate", "eps")
         _not_negative("optimizer", self, "final_rate", "warmup_steps", "weight_decay")
+        lowest = min(self.peak_rate, self.second_rate)
+        _require(self.final_rate <= lowest, f"optimizer.final_rate must be <= {lowest}, got {self.final_rate}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), got {value}")
@@ -417,13 +417,13 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if origin is dict:
         _require(isinstance(value, dict), f"{path} must be a mapping, got {value!r}")
         return {str(k): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
-    if kind is float and isinstance(value, str):
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
             raise ConfigError(f"{path} must be a number, got {value!r}") from None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if kind is float and isinstance(value, float):
+        _require(math.isfinite(value), f"{path} must be a finite number, got {value}")
     if type(value) is not kind:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise ConfigError(f"{path} must be {words[kind]}, got {value!r}")

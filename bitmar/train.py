@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str]) -> Config:
     parser.add_argument("--resume", help="auto, never or a checkpoint's folder (checkpoint.resume)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    known = parser.parse_args(arguments)
+    known = parser.parse_intermixed_args(arguments)
     resume = [f"checkpoint.resume={known.resume}"] if known.resume else []
     return load_config(known.config, [*known.overrides, *resume])
 
@@ -118,11 +118,12 @@ def loop(run: Run) -> None:
         observe(run, rows, result)
         step = run.progress.step
         run.window.seconds += time.perf_counter() - started
-        if step % config.logging.log_every_n_steps == 0 or step == run.last_step:
+        saves = step % config.checkpoint.every_steps == 0
+        if step % config.logging.log_every_n_steps == 0 or saves or step == run.last_step:
             log(run, state, rates)
         if step % config.validation.every_steps == 0:
             hold_validation(run)
-        if step % config.checkpoint.every_steps == 0:
+        if saves:
             save(run)
         if step >= run.last_step:
             break
@@ -130,16 +131,14 @@ def loop(run: Run) -> None:
 
 
 def advance(run: Run, state: LoaderState, result: StepResult) -> None:
-    """Count the step; the stored position is that of the next one."""
+    """Count the step; the stored position is that of the next one. Words and samples are read at the next log."""
     done = state.position + 1 == run.lengths[state.phase]
-    counted = torch.stack([result.words, result.samples]).tolist()
+    run.counted += torch.stack([result.words, result.samples])
     run.progress = dataclasses.replace(
         run.progress,
         step=run.progress.step + 1,
         phase=state.phase + done,
         position=0 if done else state.position + 1,
-        words=run.progress.words + counted[0],
-        samples=run.progress.samples + counted[1],
     )
 
 
@@ -172,6 +171,11 @@ def observe(run: Run, rows: list[Rows], result: StepResult) -> None:
 def log(run: Run, state: LoaderState, rates: Rates) -> None:
     """Reduce the statistics over all ranks and hand them to the sinks. Raises TrainingError on NaN."""
     s, w, config = run.statistics, run.window, run.config
+    words, samples = run.counted.tolist()
+    run.counted.zero_()
+    run.progress = dataclasses.replace(
+        run.progress, words=run.progress.words + words, samples=run.progress.samples + samples
+    )
     if run.world.device.type == "cuda":
         started = time.perf_counter()
         torch.cuda.synchronize()
@@ -225,17 +229,16 @@ def hold_validation(run: Run) -> float | None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint, unless the last one is of this step. Raises TrainingError rather than save NaN."""
+    """Write a checkpoint of a step just logged, unless the last one is of it. Raises TrainingError, not to save NaN."""
     if run.saved_at == run.progress.step:
         return
     if not math.isfinite(float(run.engine.gradient_norm)):
         raise TrainingError(f"the gradient is {run.engine.gradient_norm} at step {run.progress.step}: not saved")
-    seconds = run.progress.seconds + run.window.seconds
     path = checkpoint.save(
         run.config.run_directory,
         run.engine,
         run.memory,
-        dataclasses.replace(run.progress, seconds=seconds),
+        run.progress,
         run.identity,
         run.world,
         run.config.checkpoint.keep_last,
@@ -266,7 +269,9 @@ def finish(run: Run) -> None:
         "words": progress.words,
         "parameters": sum(run.parameters.values()),
     }
-    (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    temporary = directory / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(directory / "summary.json")
 
 
 if __name__ == "__main__":

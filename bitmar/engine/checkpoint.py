@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def identity(config: Config, tokenizer_hash: str, data_hash: str) -> dict[str, A
             "run.seed": config.run.seed,
             "training.global_batch": config.training.global_batch,
             "data.row_tokens": config.data.row_tokens,
+            "phases": [[p.name, p.mix, p.epochs, p.words, p.steps] for p in config.phases],
             "tokenizer": tokenizer_hash,
             "shards": data_hash,
         },
@@ -87,44 +89,109 @@ def save(
     """Write a checkpoint (a collective), then remove all but the last `keep_last`. Returns its folder."""
     target = run_directory / "checkpoints" / f"step_{progress.step:08d}"
     temporary = target.with_name(f".{target.name}.partial")
-    if world.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    files = _write_parameters(temporary, engine, world.is_first)
     rng = world.gather(torch.get_rng_state().to(world.device)).cpu()
     _check_memory_agrees(memory, world)
-    if world.is_first:
-        save_file({k: v.cpu().contiguous() for k, v in memory.tensors().items()}, temporary / "memory.safetensors")
-        save_file({str(rank): state.contiguous() for rank, state in enumerate(rng)}, temporary / "rng.safetensors")
-        files += ["memory.safetensors", "rng.safetensors"]
+    writer = _Writer(temporary) if world.is_first else None
+    for state in engine.states():  # a collective: every rank goes through all of them, whatever rank 0 meets
+        if writer is not None:
+            writer.add(state)
+    problem = None
+    if writer is not None:
         state = {
             "format": FORMAT,
             "progress": dataclasses.asdict(progress),
             "adam_step": engine.adam_step(),
             "identity": identity,
-            "sha256": {name: _sha256(temporary / name) for name in files},
         }
-        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for name in [*files, "state.json"]:
-            _sync(temporary / name)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-        _sync(target.parent)
-        for old in checkpoint_directories(run_directory)[keep_last:]:
-            shutil.rmtree(old)
-    world.barrier()
+        problem = writer.finish(target, memory, rng, state)
+        for old in checkpoint_directories(run_directory)[keep_last:] if problem is None else []:
+            _remove(old)
+    world.raise_together(problem, CheckpointError)
     return target
+
+
+class _Writer:
+    """Rank 0's files of one checkpoint. `problem` keeps the first thing that goes wrong; nothing is written after."""
+
+    def __init__(self, temporary: Path) -> None:
+        self.temporary = temporary
+        self.files: list[str] = []
+        self.problem: str | None = None
+        self._held: dict[str, Tensor] = {}
+        with self._noting():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def add(self, state: ParameterState) -> None:
+        """Take a parameter; a file is closed when it holds FILE_BYTES."""
+        if self.problem is not None:
+            return
+        for kind, tensor in (("model", state.weight), ("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+            self._held[f"{kind}.{state.name}"] = tensor.cpu().clone()
+        if sum(tensor.nbytes for tensor in self._held.values()) >= FILE_BYTES:
+            self._flush()
+
+    def finish(self, target: Path, memory: MemoryState, rng: Tensor, state: dict[str, Any]) -> str | None:
+        """Write what stands beside the parameters, sync all of it and give the folder its name; what went wrong."""
+        if self._held:
+            self._flush()
+        self._save("memory.safetensors", {k: v.cpu().contiguous() for k, v in memory.tensors().items()})
+        self._save("rng.safetensors", {str(rank): part.contiguous() for rank, part in enumerate(rng)})
+        if self.problem is not None:
+            return self.problem
+        with self._noting():
+            state = state | {"sha256": {name: _sha256(self.temporary / name) for name in self.files}}
+            (self.temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            for name in [*self.files, "state.json"]:
+                _sync(self.temporary / name)
+            _sync(self.temporary)
+            if target.exists():
+                _remove(target)
+            os.replace(self.temporary, target)
+            _sync(target.parent)
+        return self.problem
+
+    def _flush(self) -> None:
+        self._save(f"parameters-{len(self.files):05d}.safetensors", self._held)
+        self._held = {}
+
+    def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        with self._noting():
+            save_file(tensors, self.temporary / name)
+            self.files.append(name)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Keep the message of the first thing that goes wrong."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            self.problem = self.problem or f"checkpoint {self.temporary} cannot be written: {error}"
+
+
+def _remove(directory: Path) -> None:
+    """Take a checkpoint's name away first, so that a half-removed one is none."""
+    doomed = directory.with_name(f".{directory.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(directory, doomed)
+    shutil.rmtree(doomed)
+
+
+def set_aside_later(directory: Path) -> list[Path]:
+    """Rename the checkpoints that are later than `directory` in its run; returns their new names.
+
+    A run that was told to go back must neither resume from what it left behind nor prune its new checkpoints in
+    favour of them.
+    """
+    later = [path for path in directory.parent.glob("step_*") if path.name > directory.name]
+    return [path.replace(path.with_name(f"left_{path.name}")) for path in sorted(later)]
 
 
 def load(directory: Path, engine: ZeroEngine, identity: dict[str, Any], world: World) -> tuple[MemoryState, Progress]:
     """Restore engine, memory, generator and progress. Raises CheckpointError before anything is changed."""
     state = read_state(directory)
     _check_identity(directory, state["identity"], identity)
-    if world.is_first:
-        for name, expected in state["sha256"].items():
-            if _sha256(directory / name) != expected:
-                raise CheckpointError(f"checkpoint {directory}: {name} is damaged (checksum); remove the folder")
+    world.raise_together(_damage(directory, state) if world.is_first else None, CheckpointError)
     shapes = engine.parameter_shapes()
     where = _locate(directory, state, shapes)
     engine.load_states(_read_parameters(directory, where, list(shapes), world.device), state["adam_step"])
@@ -134,6 +201,16 @@ def load(directory: Path, engine: ZeroEngine, identity: dict[str, Any], world: W
         torch.set_rng_state(rng[str(world.rank)])
     world.barrier()
     return memory, Progress(**state["progress"])
+
+
+def _damage(directory: Path, state: dict[str, Any]) -> str | None:
+    """What is wrong with the files of a checkpoint, None where their checksums hold."""
+    for name, expected in state["sha256"].items():
+        if not (directory / name).is_file():
+            return f"checkpoint {directory}: {name} is missing; remove the folder"
+        if _sha256(directory / name) != expected:
+            return f"checkpoint {directory}: {name} is damaged (checksum); remove the folder"
+    return None
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -148,30 +225,6 @@ def read_state(directory: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {directory} is not of format {FORMAT}; it was written by another version")
     return state
-
-
-def _write_parameters(directory: Path, engine: ZeroEngine, writes: bool) -> list[str]:
-    """Gather one parameter at a time on all ranks; the writing rank flushes a file every FILE_BYTES."""
-    files: list[str] = []
-    held: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        name = f"parameters-{len(files):05d}.safetensors"
-        save_file(held, directory / name)
-        files.append(name)
-        held.clear()
-
-    for state in engine.states():
-        if not writes:
-            continue
-        held["model." + state.name] = state.weight.cpu().clone()
-        held["exp_avg." + state.name] = state.exp_avg.cpu().clone()
-        held["exp_avg_sq." + state.name] = state.exp_avg_sq.cpu().clone()
-        if sum(t.nbytes for t in held.values()) >= FILE_BYTES:
-            flush()
-    if held:
-        flush()
-    return files
 
 
 def _locate(directory: Path, state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bitmar.config import ConfigError
+
 T = TypeVar("T")
 
 
@@ -49,12 +51,6 @@ class World:
             total += part
         return total
 
-    def any(self, flag: bool) -> bool:
-        """True on every rank if any rank says so."""
-        if self.size == 1:
-            return flag
-        return bool(self.gather(torch.tensor([flag], device=self.device)).any())
-
     def broadcast_object(self, value: T) -> T:
         """Rank 0's value on every rank (small picklable objects made by the trainer itself)."""
         if self.size == 1:
@@ -62,6 +58,12 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def raise_together(self, problem: str | None, kind: type[Exception]) -> None:
+        """Raise `kind(problem)` on every rank where rank 0 has a problem, so that none waits for a rank that left."""
+        problem = self.broadcast_object(problem)
+        if problem is not None:
+            raise kind(problem)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -79,18 +81,18 @@ def join_world(timeout_s: int = 1800, threads: int | None = None) -> World:
     """Join the process group that the launcher's environment describes; alone without a launcher.
 
     `threads`: CPU threads of this rank, None for cores divided by the ranks of the node.
-    Raises ValueError when the environment names only a part of the group.
+    Raises ConfigError when the environment names only a part of the group.
     """
     env = os.environ
     if "RANK" not in env and "WORLD_SIZE" not in env:
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
     if missing:
-        raise ValueError(f"the launcher's environment lacks {', '.join(missing)}; start with deepspeed or alone")
+        raise ConfigError(f"the launcher's environment lacks {', '.join(missing)}; start with deepspeed or alone")
     rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
     local_rank = int(env.get("LOCAL_RANK", "0"))
     local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", str(size))))
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and env.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

@@ -22,6 +22,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
@@ -71,8 +73,9 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     for key, owner in RECIPE_OWNS.items():
         if key in config:
             raise ConfigError(f"{path}: {key} belongs to the recipe ({owner}); remove it from the ds_config")
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage not in (0, 1, 2, 3):
+    section = config.get("zero_optimization")
+    stage = section.get("stage") if isinstance(section, dict) else None
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
     return config
 
@@ -82,7 +85,7 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return torch.bfloat16 if precision == "bf16" else torch.float32
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
 
@@ -181,17 +184,26 @@ class ZeroEngine:
                 self._optimizer.state[p]["exp_avg"].copy_(state.exp_avg)
                 self._optimizer.state[p]["exp_avg_sq"].copy_(state.exp_avg_sq)
                 continue
-            safe_set_full_fp32_param(p, state.weight)
-            safe_set_full_optimizer_state(p, state.exp_avg, "exp_avg")
-            safe_set_full_optimizer_state(p, state.exp_avg_sq, "exp_avg_sq")
             if self.stage == 3:
+                safe_set_local_fp32_param(p, self._own_part(p, state.weight))
+                safe_set_local_optimizer_state(p, self._own_part(p, state.exp_avg), "exp_avg")
+                safe_set_local_optimizer_state(p, self._own_part(p, state.exp_avg_sq), "exp_avg_sq")
                 with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
                     if self.world.is_first:
                         p.data.copy_(state.weight)
             else:
+                safe_set_full_fp32_param(p, state.weight)
+                safe_set_full_optimizer_state(p, state.exp_avg, "exp_avg")
+                safe_set_full_optimizer_state(p, state.exp_avg_sq, "exp_avg_sq")
                 p.data.copy_(state.weight)
         for state in self._torch_optimizer.state.values():
             state["step"].fill_(adam_step)
+
+    def _own_part(self, p: Any, whole: Tensor) -> Tensor:
+        """This rank's part of a ZeRO-3 parameter; the last parts are padded, which DeepSpeed's setter cannot do."""
+        size = p.ds_tensor.numel()
+        flat = nn.functional.pad(whole.flatten(), (0, size * self.world.size - whole.numel()))
+        return flat.narrow(0, self.world.rank * size, size)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         return {n: whole_shape(p) for n, p in zip(self._names, self.module.parameters(), strict=True)}

@@ -28,7 +28,8 @@ class Dropout:
         if self.rate == 0:
             return x
         element = torch.arange(x[0].numel(), device=x.device, dtype=torch.int64).view(x.shape[1:])
-        row = _mix(_mix(self.rows + (self.seed << 1)) ^ site)
+        seed = _mix(torch.tensor(self.seed, dtype=torch.int64, device=x.device))
+        row = _mix(_mix(self.rows ^ seed) ^ site)
         uniform = (_mix(row[:, None, None] ^ (element * 0x9E3779B97F4A7C1)) & 0xFFFFFF).float() / float(1 << 24)
         return x * (uniform >= self.rate).to(x.dtype) / (1 - self.rate)
 

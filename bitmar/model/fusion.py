@@ -13,6 +13,7 @@ from bitmar.config import ModelConfig
 from bitmar.model.attention import CrossAttention
 from bitmar.model.quantize import RMSNorm
 
+LOG_100 = 4.6052  # Radford et al. 2021, section 2.5, bound the factor at 100
 GATE_START = 0.5  # tanh(0.5) = 0.46: open enough for a gradient to reach the vision encoder at once
 
 
@@ -44,7 +45,8 @@ class Fusion(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], vision: Float[Tensor, "B P D"], has_vision: Bool[Tensor, "B"]
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "1"]]:
-        """(hidden states, log temperature bounded at ln 100)."""
+        """(hidden states, log temperature bounded at ln 100; its gradient passes the bound, or it would stay there)."""
         for layer in self.layers:
             x = layer(x, vision, has_vision)
-        return x, self.log_temperature.clamp(max=4.6052)
+        free = self.log_temperature
+        return x, free + (free.clamp(max=LOG_100) - free).detach()

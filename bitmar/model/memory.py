@@ -96,7 +96,8 @@ def address(
     that has nothing to say, or is empty, returns nothing).
     larimar: least squares, w = q M^+ (Larimar, section 3.2), the pseudo-inverse over the allowed keys M with a
     ridge term: w = q M^T (M M^T + r I)^-1. Larimar's own memory, written from all the slots' episodes Z at once
-    (W = Z M0^+, M = W^+ Z), spans the same space as Z, so its read z M^+ M is the projection that this computes.
+    (W = Z M0^+, M = W^+ Z), spans the same space as Z, so its read z M^+ M is the projection of z that these
+    weights make where values are the keys; ours reads the values instead.
     """
     query = F.normalize(query.float(), dim=-1)
     keys = F.normalize(keys.float(), dim=-1) * allowed[..., None]
@@ -267,14 +268,17 @@ class MemoryReader(nn.Module):
     ) -> Reading:
         sharpness = 1.0 if self.log_sharpness is None else self.log_sharpness.float().exp()
         query = self.query(self.query_norm(x))
-        value, weights = read(state, query, reader_ids, sharpness, self.config.memory_addressing)
+        cues = None
+        if recall is not None:
+            cues = self.query(self.query_norm(torch.stack([recall.image_cue, recall.text_cue], dim=1)))
+        recalled = None
+        with torch.autocast(x.device.type, enabled=False):  # addressing in bf16 is no addressing
+            value, weights = read(state, query.float(), reader_ids, sharpness, self.config.memory_addressing)
+            if recall is not None and cues is not None:
+                recalled = read_copies(state, recall, cues.float(), sharpness, self.config)
         read_mass = (weights.detach().abs() * mask[..., None]).sum((0, 1), dtype=torch.float64)
         gate = torch.tanh(self.gate)
         x = x + gate * self.output(self.output_norm(value.to(x.dtype)))
-        recalled = None
-        if recall is not None:
-            cues = self.query(self.query_norm(torch.stack([recall.image_cue, recall.text_cue], dim=1)))
-            recalled = read_copies(state, recall, cues, sharpness, self.config)
         return x, read_mass, gate.detach(), recalled
 
 

@@ -62,7 +62,6 @@ SCHEMA: tuple[Metric, ...] = (
     Metric("Training/Words", "words", _SAME, _STEP, "words trained since the run began, each pass counted"),
     Metric("Training/Phase", "index", _SAME, _STEP, "place of the phase in the recipe's list, from 0"),
     Metric("Training/Batch_Size", "samples", _SAME, _STEP, "global batch: samples an optimiser step"),
-    Metric("Training/Skipped_Updates", "updates", _SAME, _STEP, "updates skipped since the run began"),
     Metric("Validation/Loss", "nats/token", _MEAN, _VALIDATION, "held-out captions, right image"),
     Metric("Validation/Perplexity", "1", _EXP_MEAN, _VALIDATION, "exp of Validation/Loss"),
     Metric("Validation/Loss_Shuffled_Vision", "nats/token", _MEAN, _VALIDATION, "the same, another's image"),

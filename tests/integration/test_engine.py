@@ -37,6 +37,8 @@ def cases(world_size: int) -> list[Case]:
     """Group 4 fits every split; group 8 spans the two ranks and needs all rows in one forward pass."""
     micro = (8, 4) if world_size == 1 else (4,)
     found: list[Case] = list(product((False, True), STAGES, micro, (4,)))
+    if world_size == 2:  # two ranks and two micro-batches, each contrastive group shared by the ranks
+        found += [(False, stage, 2, 4) for stage in STAGES]
     return found + [(False, stage, 8 // world_size, 8) for stage in (0, 2)]
 
 
@@ -173,6 +175,8 @@ def test_one_rank_is_two_micro_batches_is_two_ranks(
     check(alone[str((rounding, stage, 8, 4))], reference, rounding)
     check(alone[str((rounding, stage, 4, 4))], reference, rounding)
     check(two[0][str((rounding, stage, 4, 4))], reference, rounding)
+    if not rounding:
+        check(two[0][str((rounding, stage, 2, 4))], reference, rounding)
 
 
 @pytest.mark.parametrize("stage", [0, 2])

@@ -6,6 +6,7 @@ The product's own path from raw files to summary.json, three seeds, on the real 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def run_seeds(world: World, shards: str, runs: str) -> None:
 
 @pytest.mark.slow
 def test_loss_falls_on_unseen_images_and_the_right_image_helps(
-    tmp_path: Path, record_property: pytest.RecordProperty
+    tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     shards, kind = pairs_shards(tmp_path, vocabulary=4096, held_out=0.15)
     print(f"learning on {kind}")

@@ -84,6 +84,20 @@ def test_a_token_changes_no_earlier_logit(addressing: str, state: str, training:
         assert not torch.equal(before[:, j:], after[:, j:]), f"token {j} changed nothing: the test proves nothing"
 
 
+@pytest.mark.parametrize("make", [caption_batch, text_batch])
+@pytest.mark.parametrize("j", [1, 100, 171])
+def test_long_rows_leak_nothing_either(make, j: int) -> None:
+    """Longer than one block of the attention kernels."""
+    model, memory = build("attention", "fresh")
+    batch = make(rows=2, length=200)
+    before = model(batch, memory).logits
+    tokens = batch.tokens.clone()
+    tokens[:, j] = (tokens[:, j] + 1) % VOCABULARY
+    after = model(batch.replace(tokens=tokens), memory).logits
+    assert torch.equal(before[:, :j], after[:, :j])
+    assert not torch.equal(before[:, j], after[:, j])
+
+
 @pytest.mark.parametrize("addressing", ["attention", "larimar"])
 def test_bf16_leaks_nothing_either(addressing: str) -> None:
     model, memory = build(addressing, "fresh")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -107,3 +108,43 @@ def test_any_number_of_slots_works(slots: int) -> None:
     outputs = model(batch, MemoryState.empty(slots, config.episode_dim), recall=True)
     losses = compute_losses(outputs, batch, ALONE, config, {"contrastive", "recall"})
     assert all(torch.isfinite(total) for total in losses.sums.values())
+
+
+@pytest.mark.parametrize("addressing", ["attention", "larimar"])
+def test_bf16_trains_with_a_memory_of_like_keys(addressing: str) -> None:
+    """Addresses and losses are fp32 whatever the products are; like keys make the least squares ill-conditioned."""
+    config = small_model(memory_size=32, episode_dim=32, memory_addressing=addressing)
+    torch.manual_seed(0)
+    model, batch = BitMar(config, compute_dtype=torch.bfloat16), caption_batch()
+    memory = MemoryState.empty(32, 32)
+    memory.keys[:] = torch.randn(1, 32) + 0.1 * torch.randn(32, 32)
+    memory.values[:] = torch.randn(32, 32)
+    memory.written[:] = True
+    outputs = model(batch, memory, recall=True)
+    assert outputs.recalled is not None
+    assert outputs.recalled.dtype == outputs.episodes.dtype == outputs.keys.dtype == torch.float32
+    losses = compute_losses(outputs, batch, ALONE, config, {"contrastive", "recall"})
+    torch.stack([*losses.sums.values(), 0.0 * outputs.side_sum()]).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.dtype == torch.float32, name
+    exact = BitMar(config)
+    exact.load_state_dict(model.state_dict())
+    reference = compute_losses(exact(batch, memory, recall=True), batch, ALONE, config, {"contrastive", "recall"})
+    for name, total in losses.sums.items():
+        assert float(total.detach()) == pytest.approx(float(reference.sums[name].detach()), rel=0.05), name
+
+
+def test_first_loss_holds_at_the_widest_recipe() -> None:
+    """Width 1536 and 16,384 entries with few layers: there a tied table starts at 29 nats without its factor."""
+    config = load_config(RECIPES / "bitmar-700m.yaml").model
+    config = dataclasses.replace(config, encoder_layers=1, decoder_layers=1, ffn_width=512)
+    torch.manual_seed(1)
+    small = caption_batch(rows=4, length=8)
+    batch = small.replace(vision=torch.randn(4, config.vision_encoder_dim))
+    with torch.no_grad():
+        outputs = BitMar(config)(batch, MemoryState.empty(config.memory_size, config.episode_dim))
+        losses = compute_losses(outputs, batch, ALONE, config, {"lm"})
+    loss = float(losses.sums["lm"] / loss_counts(batch)["lm"])
+    assert loss == pytest.approx(math.log(config.vocab_size), rel=0.05)
