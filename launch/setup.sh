@@ -42,7 +42,7 @@ set_up() {
     wanted=$(sha256sum requirements.txt)
     if [ "$(cat "$STAMP" 2>/dev/null)" != "$wanted" ]; then
         echo "installing requirements.txt into $VENV"
-        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+        "$VENV/bin/python" -m pip install -qq --disable-pip-version-check -r requirements.txt ||
             stop "pip could not install requirements.txt (see above)"
         echo "$wanted" >"$STAMP"
     fi

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bitmar.batch import IGNORE
 from bitmar.config import load_config
 from bitmar.engine.world import World
 from bitmar.losses import compute_losses, loss_counts
@@ -99,6 +100,30 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     assert float(out.mean()) == pytest.approx(1.0, abs=0.02)
     assert not torch.equal(out, dropout(x, site=4))
     assert len({tuple((row == 0).flatten().tolist()) for row in out}) == 64  # no two rows share a mask
+
+
+@pytest.mark.parametrize("addressing", ["attention", "larimar"])
+def test_a_micro_batch_of_masked_rows_adds_nothing(addressing: str) -> None:
+    config = small_model(memory_addressing=addressing)
+    model, batch = BitMar(config), caption_batch()
+    nobody = torch.zeros_like(batch.valid)
+    batch = batch.replace(
+        tokens=torch.zeros_like(batch.tokens),
+        targets=torch.full_like(batch.targets, IGNORE),
+        segments=torch.zeros_like(batch.segments),
+        vision=torch.zeros_like(batch.vision),
+        has_vision=nobody,
+        image_ids=torch.zeros_like(batch.image_ids),
+        valid=nobody,
+    )
+    outputs = model(batch, MemoryState.empty(config.memory_size, config.episode_dim), recall=True)
+    losses = compute_losses(outputs, batch, ALONE, config, {"contrastive", "recall"})
+    assert all(float(total.detach()) == 0 for total in losses.sums.values())
+    assert torch.isneginf(losses.surprise).all()
+    torch.stack([*losses.sums.values(), 0.0 * outputs.side_sum()]).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter.grad)), name
 
 
 @pytest.mark.parametrize("slots", [1, 3, 37])
