@@ -16,6 +16,7 @@ from bitmar.losses import compute_losses, loss_counts
 from bitmar.model.bitmar import BitMar, parameter_counts
 from bitmar.model.blocks import Dropout
 from bitmar.model.memory import MemoryState
+from bitmar.model.quantize import BitLinear
 from tests.support.batches import caption_batch, slice_batch, small_model, text_batch
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -75,6 +76,27 @@ def test_activation_checkpointing_changes_no_bit(kind) -> None:
         (a is None) == (b is None) and (a is None or torch.equal(a, b))
         for a, b in zip(*[r[2] for r in results], strict=True)
     )
+
+
+def test_trained_layers_have_three_values() -> None:
+    """After training, each quantised layer computes with -1, 0 and 1 times its scale, and all three occur."""
+    config = small_model()
+    torch.manual_seed(0)
+    model, memory = BitMar(config), MemoryState.empty(config.memory_size, config.episode_dim)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for seed in range(5):
+        batch = caption_batch(seed=seed)
+        losses = compute_losses(model(batch, memory, recall=True), batch, ALONE, config, {"contrastive", "recall"})
+        optimizer.zero_grad()
+        torch.stack(list(losses.sums.values())).sum().backward()
+        optimizer.step()
+    layers = [module for module in model.modules() if isinstance(module, BitLinear)]
+    assert len(layers) > 20
+    for layer in layers:
+        values, scale = layer.ternary_weight()
+        assert values.unique().tolist() == [-1.0, 0.0, 1.0]
+        identity = torch.eye(layer.weight.shape[1])  # one feature at 127, the others at 0: read the weight back
+        torch.testing.assert_close(layer(identity), (values * scale).T)
 
 
 def test_dropout_follows_the_row_not_the_batch() -> None:
