@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from shards.loader import Rows
 from torch import Tensor
+
+from shards.loader import Rows
 
 IGNORE = -100  # the target of a position that is not trained
 

@@ -55,17 +55,18 @@ def direct(keys: Tensor, values: Tensor) -> tuple[float, float]:
 def by_gradient(keys: Tensor, values: Tensor, steps: int, rate: float, seed: int) -> tuple[float, float]:
     """(recall cosine, seconds) after `steps` gradient steps on slots that start small and random."""
     g = torch.Generator().manual_seed(seed + 1)
-    slots = [torch.randn(SLOTS, WIDTH, generator=g).mul_(0.1).requires_grad_() for _ in range(2)]
+    slot_keys = torch.randn(SLOTS, WIDTH, generator=g).mul_(0.1).requires_grad_()
+    slot_values = torch.randn(SLOTS, WIDTH, generator=g).mul_(0.1).requires_grad_()
     began = time.perf_counter()
     for _ in range(steps):
-        loss = 1 - recall_cosine(*slots, keys, values)
-        gradients = torch.autograd.grad(loss, slots)
+        loss = 1 - recall_cosine(slot_keys, slot_values, keys, values)
+        gradients = torch.autograd.grad(loss, (slot_keys, slot_values))
         with torch.no_grad():
-            for slot, gradient in zip(slots, gradients, strict=True):
+            for slot, gradient in zip((slot_keys, slot_values), gradients, strict=True):
                 slot -= rate * gradient
     seconds = time.perf_counter() - began
     with torch.no_grad():
-        return float(recall_cosine(*slots, keys, values)), seconds
+        return float(recall_cosine(slot_keys, slot_values, keys, values)), seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -103,9 +104,9 @@ def save(
             "adam_step": engine.adam_step(),
             "identity": identity,
         }
-        problem = writer.finish(target, memory, rng, state)
-        for old in checkpoint_directories(run_directory)[keep_last:] if problem is None else []:
-            _remove(old)
+        writer.finish(target, memory, rng, state)
+        writer.prune(checkpoint_directories(run_directory)[keep_last:])
+        problem = writer.problem
     world.raise_together(problem, CheckpointError)
     return target
 
@@ -131,14 +132,14 @@ class _Writer:
         if sum(tensor.nbytes for tensor in self._held.values()) >= FILE_BYTES:
             self._flush()
 
-    def finish(self, target: Path, memory: MemoryState, rng: Tensor, state: dict[str, Any]) -> str | None:
-        """Write what stands beside the parameters, sync all of it and give the folder its name; what went wrong."""
+    def finish(self, target: Path, memory: MemoryState, rng: Tensor, state: dict[str, Any]) -> None:
+        """Write what stands beside the parameters, sync all of it and give the folder its name."""
         if self._held:
             self._flush()
         self._save("memory.safetensors", {k: v.cpu().contiguous() for k, v in memory.tensors().items()})
         self._save("rng.safetensors", {str(rank): part.contiguous() for rank, part in enumerate(rng)})
         if self.problem is not None:
-            return self.problem
+            return
         with self._noting():
             state = state | {"sha256": {name: _sha256(self.temporary / name) for name in self.files}}
             (self.temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -149,7 +150,13 @@ class _Writer:
                 _remove(target)
             os.replace(self.temporary, target)
             _sync(target.parent)
-        return self.problem
+
+    def prune(self, old: list[Path]) -> None:
+        """Remove older checkpoints, unless this one could not be written."""
+        if self.problem is None:
+            with self._noting():
+                for directory in old:
+                    _remove(directory)
 
     def _flush(self) -> None:
         self._save(f"parameters-{len(self.files):05d}.safetensors", self._held)
@@ -183,8 +190,12 @@ def set_aside_later(directory: Path) -> list[Path]:
     A run that was told to go back must neither resume from what it left behind nor prune its new checkpoints in
     favour of them.
     """
-    later = [path for path in directory.parent.glob("step_*") if path.name > directory.name]
-    return [path.replace(path.with_name(f"left_{path.name}")) for path in sorted(later)]
+    renamed = []
+    for path in sorted(directory.parent.glob("step_*")):
+        if path.name > directory.name:
+            free = (path.with_name(f"left{n or ''}_{path.name}") for n in itertools.count())
+            renamed.append(path.replace(next(name for name in free if not name.exists())))
+    return renamed
 
 
 def load(directory: Path, engine: ZeroEngine, identity: dict[str, Any], world: World) -> tuple[MemoryState, Progress]:

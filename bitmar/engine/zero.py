@@ -114,7 +114,9 @@ class ZeroEngine:
         )
         if world.device.type == "cpu":  # serves inference only, and would be compiled on the user's machine
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about our dataclasses and its own plans
+        logging.getLogger("DeepSpeed").setLevel(
+            logging.ERROR
+        )  # its warnings are about our dataclasses and its own plans
         # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, at every step
         warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
         ds_config = ds_config | {

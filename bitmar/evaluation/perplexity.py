@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from shards.loader import Rows, ValidationSet
 from torch import Tensor
 
 from bitmar.batch import IGNORE, Batch
@@ -16,6 +15,7 @@ from bitmar.losses import token_losses
 from bitmar.model.bitmar import Outputs
 from bitmar.model.memory import MemoryState
 from bitmar.observability.stats import Statistics
+from shards.loader import Rows, ValidationSet
 
 Forward = Callable[[Batch, MemoryState], Outputs]
 
