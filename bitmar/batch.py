@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from shards.loader import Rows
+from shards.rows import IGNORED, Rows
 
-IGNORE = -100  # the target of a position that is not trained
+IGNORE = IGNORED  # the target of a position that is not trained
 
 
 @dataclass(frozen=True)

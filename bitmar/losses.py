@@ -26,7 +26,6 @@ class Losses:
 
     sums: dict[str, Float[Tensor, ""]]
     surprise: Float[Tensor, "B"]  # mean token loss of a row with an image, -inf without
-    correct: Int[Tensor, ""]  # tokens whose most likely prediction is right
 
 
 def loss_counts(batch: Batch) -> dict[str, Int[Tensor, ""]]:
@@ -47,8 +46,7 @@ def compute_losses(outputs: Outputs, batch: Batch, world: World, config: ModelCo
         trained = batch.targets != IGNORE
         mean = token_loss.sum(1) / trained.sum(1).clamp(min=1)
         surprise = mean.masked_fill(~batch.pair_mask, float("-inf"))
-        correct = ((outputs.logits.argmax(-1) == batch.targets) & trained).sum()
-    return Losses(sums, surprise, correct)
+    return Losses(sums, surprise)
 
 
 def token_losses(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:

@@ -31,7 +31,6 @@ class StepResult:
     objective: Float[Tensor, ""]  # this rank's part; the parts of all ranks add up to the weighted loss
     sums: dict[str, Float[Tensor, ""]]
     counts: dict[str, Int[Tensor, ""]]
-    correct: Int[Tensor, ""]
     memory_gate: Float[Tensor, "1"]
     words: Int[Tensor, ""]  # trained by all ranks
     samples: Int[Tensor, ""]
@@ -85,7 +84,6 @@ def train_step(
         objective=torch.as_tensor(objective),
         sums=_total({k: v.detach() for k, v in r.sums.items()} for r in results),
         counts=counts,
-        correct=torch.stack([r.correct for r in results]).sum(),
         memory_gate=outputs.memory_gate,
         words=everywhere[-2],
         samples=everywhere[-1],
