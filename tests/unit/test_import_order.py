@@ -27,8 +27,8 @@ shards.raw
 shards.writer
 shards.convert
 shards.order
-shards.dataset
 shards.store
+shards.dataset
 shards.rows
 shards.loader
 bitmar.config
