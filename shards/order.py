@@ -1,23 +1,23 @@
-"""Which rows a step trains: pure functions of (seed, phase, position, lengths, global batch size).
+"""Which rows a step trains: pure functions of (seed, phase, position, counts and lengths, shape of a batch).
 
-A record of n tokens has L = n + 1 *positions*: inputs [bos, t1..tn], targets [t1..tn, eos]. A *span* is a
-run of positions of one record; a *row* is one sequence of the batch, made of spans. A pair row is one caption
-(a piece of it where it is longer than a row); a text row is cut from the permuted records laid end to end.
-Every position of a stream is trained exactly once an epoch.
-
-Symbols: G rows of a global batch, R row_tokens, N samples, S spans.
+The world's size is no part of it: a rank asks for its slice of a global batch. A phase mixes streams; which stream a
+step reads is drawn beforehand, so that step n is found without those before it.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-BUCKET_BATCHES = 8  # a length bucket holds at least this many global batches
-MODALITIES = ("pairs", "text")
+from shards.buckets import BucketStream
+from shards.corpus import PAIRS, Corpus, RowPlan
+from shards.packing import PackedStream
+from shards.streams import EpochKey, Shape, Stream
+
+MARK_STEPS = 4096  # how often a schedule notes its counts
 
 
 @dataclass(frozen=True)
@@ -52,344 +52,196 @@ class PhaseSpec:
             )
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """What order knows of the data: N samples in a fixed order.
+class _Schedule:
+    """Which stream each step reads, and how many batches of it came before."""
 
-    tokens, words: int [N]; source: int [N] into `sources`, each (name, modality).
-    words_before(samples, counts): int64, the words that begin in the first `counts` tokens of `samples`.
-    """
+    def __init__(self, draws: np.ndarray, streams: int) -> None:
+        """draws: uint8 [steps], each a stream's number."""
+        self._draws = draws
+        blocks = np.arange(len(draws)) // MARK_STEPS
+        counts = np.bincount(blocks * streams + draws, minlength=(len(draws) // MARK_STEPS + 1) * streams)
+        counts = counts.reshape(-1, streams)
+        self._marks = np.cumsum(counts, axis=0) - counts
 
-    sources: tuple[tuple[str, str], ...]
-    tokens: np.ndarray
-    words: np.ndarray
-    source: np.ndarray
-    words_before: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    def counts(self, step: int) -> np.ndarray:
+        """int64 [streams]: the batches of each stream in the first `step` steps."""
+        block = min(step // MARK_STEPS, len(self._marks) - 1)
+        since = self._draws[block * MARK_STEPS : step]
+        return self._marks[block] + np.bincount(since, minlength=self._marks.shape[1])
 
-
-@dataclass(frozen=True)
-class GlobalBatchPlan:
-    """One global batch: row i holds spans row_offsets[i] : row_offsets[i + 1]; a row without spans is masked.
-
-    samples int64 [S], starts int64 [S] (first position), lengths int64 [S] (positions); row_tokens T is the
-    longest row of the whole global batch, so that shapes do not depend on the world.
-    """
-
-    modality: str
-    stream: str
-    row_tokens: int
-    row_offsets: np.ndarray
-    samples: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-
-
-def chunk_rows(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut records of `lengths` positions into rows: (record, start, length), int64, in record order."""
-    pieces = -(-lengths // row_tokens)
-    record = np.repeat(np.arange(len(lengths)), pieces)
-    first = np.repeat(np.cumsum(pieces) - pieces, pieces)
-    start = (np.arange(len(record)) - first) * row_tokens
-    return record, start, np.minimum(lengths[record] - start, row_tokens)
-
-
-def length_buckets(lengths: np.ndarray, global_batch: int) -> np.ndarray:
-    """int64 [max length + 1]: the bucket of each length.
-
-    Adjacent lengths are merged until a bucket holds at least 8 global batches; what is left over joins the
-    last bucket.
-    """
-    counts = np.bincount(lengths)
-    bucket_of = np.zeros(len(counts), dtype=np.int64)
-    bucket, held = 0, 0
-    for length, count in enumerate(counts.tolist()):
-        bucket_of[length] = bucket
-        held += count
-        if held >= BUCKET_BATCHES * global_batch:
-            bucket, held = bucket + 1, 0
-    if held < BUCKET_BATCHES * global_batch and bucket > 0:
-        bucket_of[bucket_of == bucket] = bucket - 1
-    return bucket_of
-
-
-def pair_batches(lengths: np.ndarray, global_batch: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [batches, G]: an epoch of rows of `lengths`, -1 where a batch is filled up.
-
-    Rows are permuted, cut into batches within their length bucket, and the batches shuffled.
-    """
-    bucket_of = length_buckets(lengths, global_batch)
-    rows = rng.permutation(len(lengths))
-    buckets = bucket_of[lengths[rows]]
-    rows = rows[np.argsort(buckets, kind="stable")]
-    sizes = np.bincount(buckets)
-    batches = -(-sizes // global_batch)
-    before = np.repeat((np.cumsum(batches) - batches) * global_batch - (np.cumsum(sizes) - sizes), sizes)
-    table = np.full(int(batches.sum()) * global_batch, -1, dtype=np.int64)
-    table[np.arange(len(rows)) + before] = rows
-    return rng.permutation(table.reshape(-1, global_batch))
-
-
-@dataclass(frozen=True)
-class _PairEpoch:
-    table: np.ndarray  # int64 [batches, G] into the stream's rows, -1 = masked
-    words: np.ndarray  # int64 [batches]
-
-
-@dataclass(frozen=True)
-class _TextEpoch:
-    samples: np.ndarray  # int64 [n]: permuted samples
-    ends: np.ndarray  # int64 [n]: the position after each, laid end to end
-    words: np.ndarray  # int64 [batches]
-
-
-class Stream:
-    """The samples one key of a mix stands for, and its epochs' batches."""
-
-    def __init__(self, name: str, modality: str, samples: np.ndarray, data: Lengths, *, shape: tuple[int, int]) -> None:
-        """`samples` int64 [n] into `data`; `shape` is (global batch, row tokens)."""
-        self.name, self.modality, self._samples, self._data = name, modality, samples, data
-        self._global_batch, self._row_tokens = shape
-        positions = data.tokens[samples].astype(np.int64) + 1
-        self.words = int(data.words[samples].sum(dtype=np.int64))
-        self.sources = [data.sources[i][0] for i in np.unique(data.source[samples])]
-        if modality == "pairs":
-            record, self._starts, self._lengths = chunk_rows(positions, self._row_tokens)
-            self._row_samples = samples[record]
-            self._row_words = self._words_of_rows()
-            buckets = length_buckets(self._lengths, self._global_batch)[self._lengths]
-            self.batches = int((-(-np.bincount(buckets) // self._global_batch)).sum())
-        else:
-            self.batches = -(-int(positions.sum()) // (self._row_tokens * self._global_batch))
-
-    def _words_of_rows(self) -> np.ndarray:
-        """int64: the words that begin in each pair row."""
-        samples, starts, data = self._row_samples, self._starts, self._data
-        words = data.words[samples].astype(np.int64)
-        cut = np.flatnonzero(self._lengths < data.tokens[samples].astype(np.int64) + 1)
-        ends = np.minimum(starts + self._lengths, data.tokens[samples])
-        words[cut] = data.words_before(samples[cut], ends[cut]) - data.words_before(samples[cut], starts[cut])
-        return words
-
-    def epoch(self, rng: np.random.Generator) -> _PairEpoch | _TextEpoch:
-        """The plan of an epoch that `rng` draws."""
-        if self.modality == "pairs":
-            table = pair_batches(self._lengths, self._global_batch, rng)
-            words = np.where(table >= 0, self._row_words[table], 0).sum(axis=1)
-            return _PairEpoch(table, words)
-        samples = rng.permutation(self._samples)
-        ends = np.cumsum(self._data.tokens[samples].astype(np.int64) + 1)
-        return _TextEpoch(samples, ends, self._text_words(samples, ends))
-
-    def _text_words(self, samples: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """int64 [batches]: the words that begin in each batch of records laid end to end."""
-        tokens = self._data.tokens[samples].astype(np.int64)
-        cuts = np.arange(1, self.batches) * (self._row_tokens * self._global_batch)
-        at = np.searchsorted(ends, cuts, side="right")
-        inside = cuts - (ends[at] - tokens[at] - 1)
-        before = np.concatenate([[0], np.cumsum(self._data.words[samples], dtype=np.int64)])
-        passed = before[at] + self._data.words_before(samples[at], np.minimum(inside, tokens[at]))
-        return np.diff(np.concatenate([[0], passed, before[-1:]]))
-
-    def batch(self, epoch: _PairEpoch | _TextEpoch, number: int) -> GlobalBatchPlan:
-        """Global batch `number` of an epoch's plan."""
-        if isinstance(epoch, _PairEpoch):
-            rows = epoch.table[number]
-            kept = rows[rows >= 0]
-            offsets = np.concatenate([[0], np.cumsum(rows >= 0)])
-            return self._plan(offsets, self._row_samples[kept], self._starts[kept], self._lengths[kept])
-        return self._text_batch(epoch, number)
-
-    def _text_batch(self, epoch: _TextEpoch, number: int) -> GlobalBatchPlan:
-        width = self._row_tokens
-        low = number * width * self._global_batch
-        high = min(low + width * self._global_batch, int(epoch.ends[-1]))
-        first = int(np.searchsorted(epoch.ends, low, side="right"))
-        last = int(np.searchsorted(epoch.ends, high, side="left"))
-        record_ends = epoch.ends[first : last + 1]
-        cuts = np.arange(low, high, width)
-        begins = np.union1d(cuts, record_ends[record_ends < high])
-        lengths = np.diff(np.append(begins, high))
-        at = np.searchsorted(epoch.ends, begins, side="right")
-        samples = epoch.samples[at]
-        starts = begins - (epoch.ends[at] - self._data.tokens[samples] - 1)
-        borders = low + np.arange(self._global_batch + 1) * width
-        return self._plan(np.searchsorted(begins, borders, side="left"), samples, starts, lengths)
-
-    def _plan(
-        self, offsets: np.ndarray, samples: np.ndarray, starts: np.ndarray, lengths: np.ndarray
-    ) -> GlobalBatchPlan:
-        sums = np.concatenate([[0], np.cumsum(lengths)])[offsets]
-        return GlobalBatchPlan(
-            self.modality, self.name, int(np.diff(sums).max()), offsets.astype(np.int64), samples, starts, lengths
-        )
+    def at(self, step: int) -> tuple[int, int]:
+        """(stream, how many of its batches came before) of a step."""
+        stream = int(self._draws[step])
+        return stream, int(self.counts(step)[stream])
 
 
 @dataclass(frozen=True)
 class _Phase:
-    """A resolved phase: its streams, steps, and for phases in steps the drawn stream of each step."""
+    """A resolved phase; `schedule` is that of all its steps where the length is given in steps."""
 
-    spec: PhaseSpec
-    streams: tuple[str, ...]
+    streams: tuple[Stream, ...]
     steps: int
-    draws: np.ndarray | None  # uint8 [steps]
-    nth: np.ndarray | None  # int64 [steps]: how often the step's stream was drawn before
+    schedule: _Schedule | None
 
 
 class Order:
-    """The rows of every step of every phase. Holds at most one epoch's plan a stream."""
+    """The rows of every step of every phase."""
 
     def __init__(
-        self, data: Lengths, phases: Sequence[PhaseSpec], *, seed: int, global_batch: int, row_tokens: int
+        self, corpus: Corpus, phases: Sequence[PhaseSpec], *, seed: int, shape: Shape, pack_captions: bool = False
     ) -> None:
-        """Raises ValueError naming the number, or the mix key that fits no source."""
-        for name, value, least in (("seed", seed, 0), ("global_batch", global_batch, 1), ("row_tokens", row_tokens, 2)):
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
-        self._data, self._seed = data, seed
-        self.global_batch, self.row_tokens = global_batch, row_tokens
+        """pack_captions: several captions a row instead of length buckets.
+
+        Raises ValueError naming the number, or the mix key that fits no source.
+        """
+        if seed < 0:
+            raise ValueError(f"seed must be >= 0, got {seed}")
+        self._corpus, self._seed, self.shape, self._pack_captions = corpus, seed, shape, pack_captions
         self._streams: dict[str, Stream] = {}
-        self._epochs: dict[str, tuple[tuple[int, int], _PairEpoch | _TextEpoch]] = {}
-        self._schedules: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}
-        self._phases = [self._resolve(number, spec) for number, spec in enumerate(phases)]
+        self._schedules: dict[int, tuple[int, _Schedule]] = {}
+        self._phases: list[_Phase] = []
+        for number, spec in enumerate(phases):
+            self._phases.append(self._resolve(number, spec))
 
     def steps(self, phase: int) -> int:
         """Optimizer steps of a phase."""
         return self._phases[phase].steps
 
-    def batch(self, phase: int, step: int) -> GlobalBatchPlan:
-        """The global batch of a step. Raises IndexError past the phase's end."""
-        if not 0 <= step < self.steps(phase):
-            raise IndexError(f"phase {phase} has {self.steps(phase)} steps, asked for step {step}")
-        resolved = self._phases[phase]
-        if resolved.draws is not None and resolved.nth is not None:
-            stream = self._streams[resolved.streams[int(resolved.draws[step])]]
-            epoch, number = divmod(int(resolved.nth[step]), stream.batches)
-        else:
-            epoch, at = divmod(step, self._epoch_steps(resolved.streams))
-            draws, nth = self._schedule(phase, resolved.streams, epoch)
-            stream, number = self._streams[resolved.streams[int(draws[at])]], int(nth[at])
-        return stream.batch(self._epoch(phase, stream, epoch), number)
+    def plan(self, phase: int, step: int, first: int, count: int) -> RowPlan:
+        """Rows first : first + count of the global batch of a step. Raises IndexError past the phase's end."""
+        stream, key, number = self._locate(phase, step)
+        return stream.plan(key, number, first, count)
+
+    def ahead(self, phase: int, step: int, first: int, count: int) -> list[int]:
+        """The shards that rows first : first + count need in the windows of a step and right after them."""
+        stream, key, number = self._locate(phase, step)
+        parts = range(first // self.shape.share, (first + count - 1) // self.shape.share + 1)
+        shards: list[int] = []
+        for partition in parts:
+            window = stream.window_of(key, number, partition)
+            shards += stream.shards_of(key, partition, window).tolist()
+            following = stream.shards_of(key, partition, window + 1)
+            if not len(following):
+                following = stream.shards_of(EpochKey(key.seed, key.phase, key.epoch + 1), partition, 0)
+            shards += following.tolist()
+        return shards
 
     def passes(self) -> dict[str, int]:
         """How often at most a sample of each source is trained: over all phases, begun epochs count whole."""
-        total = {name: 0 for name, _ in self._data.sources}
-        for phase in range(len(self._phases)):
-            for stream, batches in self._drawn(phase).items():
-                for source in self._streams[stream].sources:
-                    total[source] += -(-batches // self._streams[stream].batches)
+        total = {name: 0 for name, _ in self._corpus.sources}
+        for phase, resolved in enumerate(self._phases):
+            for stream, batches in zip(resolved.streams, self._drawn(phase), strict=True):
+                for source in stream.sources:
+                    total[source] += -(-batches // stream.batches)
         return total
 
     def words(self, phase: int) -> int:
         """The words a phase trains, each counted in the row that holds its first token."""
         total = 0
-        for name, batches in self._drawn(phase).items():
-            stream = self._streams[name]
+        for stream, batches in zip(self._phases[phase].streams, self._drawn(phase), strict=True):
             epochs, rest = divmod(batches, stream.batches)
             total += epochs * stream.words
             if rest:
-                total += int(self._epoch(phase, stream, epochs).words[:rest].sum())
+                total += stream.words_before(EpochKey(self._seed, phase, epochs), rest)
         return total
+
+    def _locate(self, phase: int, step: int) -> tuple[Stream, EpochKey, int]:
+        """(stream, epoch, batch of that epoch) of a step."""
+        if not 0 <= step < self.steps(phase):
+            raise IndexError(f"phase {phase} has {self.steps(phase)} steps, asked for step {step}")
+        resolved = self._phases[phase]
+        if resolved.schedule is not None:
+            chosen, drawn = resolved.schedule.at(step)
+            stream = resolved.streams[chosen]
+            epoch, number = divmod(drawn, stream.batches)
+        else:
+            epoch, at = divmod(step, _epoch_steps(resolved.streams))
+            chosen, number = self._schedule(phase, resolved.streams, epoch).at(at)
+            stream = resolved.streams[chosen]
+        return stream, EpochKey(self._seed, phase, epoch), number
 
     def _resolve(self, phase: int, spec: PhaseSpec) -> _Phase:
         """Open the streams of a phase's mix and work out its steps."""
-        names = tuple(sorted(spec.mix))
+        names = sorted(spec.mix)
+        streams = tuple(self._stream(spec, name) for name in names)
         taken: dict[str, str] = {}
-        for name in names:
-            for source in self._stream(spec, name).sources:
+        for stream in streams:
+            for source in stream.sources:
                 if source in taken:
                     raise ValueError(
-                        f"phase {spec.name!r}: mix names {source!r} twice ({taken[source]!r} and {name!r})"
+                        f"phase {spec.name!r}: mix names {source!r} twice ({taken[source]!r} and {stream.name!r})"
                     )
-                taken[source] = name
+                taken[source] = stream.name
         if spec.steps is not None:
             weights = np.array([spec.mix[name] for name in names], dtype=np.float64)
-            rng = self._rng(phase, "", 0)
+            rng = self._rng(phase, 0)
             draws = rng.choice(len(names), size=spec.steps, p=weights / weights.sum()).astype(np.uint8)
-            return _Phase(spec, names, spec.steps, draws, _occurrence(draws))
+            return _Phase(streams, spec.steps, _Schedule(draws, len(names)))
         if spec.epochs is not None:
-            steps = max(1, round(spec.epochs * self._epoch_steps(names)))
-        else:
-            steps = self._steps_of_words(phase, names, spec)
-        return _Phase(spec, names, steps, None, None)
+            return _Phase(streams, max(1, round(spec.epochs * _epoch_steps(streams))), None)
+        return _Phase(streams, self._steps_of_words(phase, streams, spec), None)
 
-    def _steps_of_words(self, phase: int, names: Sequence[str], spec: PhaseSpec) -> int:
+    def _steps_of_words(self, phase: int, streams: Sequence[Stream], spec: PhaseSpec) -> int:
         """Steps until the next batch would pass the phase's words."""
         words = spec.words or 0
-        epochs, rest = divmod(words, sum(self._streams[name].words for name in names))
-        draws, nth = self._schedule(phase, names, epochs)
-        per_step = np.zeros(len(draws), np.int64)
-        for number, name in enumerate(names):
-            here = draws == number
-            per_step[here] = self._epoch(phase, self._streams[name], epochs).words[nth[here]]
-        steps = epochs * len(draws) + int(np.searchsorted(np.cumsum(per_step), rest, side="right"))
+        epochs, rest = divmod(words, sum(stream.words for stream in streams))
+        schedule, key = self._schedule(phase, streams, epochs), EpochKey(self._seed, phase, epochs)
+
+        def trained(steps: int) -> int:
+            drawn = schedule.counts(steps).tolist()
+            return sum(s.words_before(key, n) if n else 0 for s, n in zip(streams, drawn, strict=True))
+
+        low, high = 0, _epoch_steps(streams) - 1  # the words of a whole epoch are more than the rest
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if trained(middle) <= rest else (low, middle - 1)
+        steps = epochs * _epoch_steps(streams) + low
         if steps == 0:
             raise ValueError(
-                f"phase {spec.name!r}: words {words} is less than its first global batch holds "
-                f"({int(per_step[0])}): raise words or shrink the global batch"
+                f"phase {spec.name!r}: words {words} is less than its first global batch holds ({trained(1)}): "
+                "raise words or shrink the global batch"
             )
         return steps
 
     def _stream(self, spec: PhaseSpec, name: str) -> Stream:
         if name not in self._streams:
-            kinds = [source if name not in MODALITIES else kind for source, kind in self._data.sources]
-            wanted = [number for number, kind in enumerate(kinds) if kind == name]
-            samples = np.flatnonzero(np.isin(self._data.source, wanted))
-            if not len(samples):
-                known = sorted({part for source in self._data.sources for part in source})
+            numbers = self._corpus.chosen(name)
+            if not len(numbers):
+                known = sorted({part for source in self._corpus.sources for part in source})
                 raise ValueError(
                     f"phase {spec.name!r}: mix names {name!r}, but the shards hold only {', '.join(known)}"
                 )
-            modality = self._data.sources[wanted[0]][1]
-            shape = (self.global_batch, self.row_tokens)
-            self._streams[name] = Stream(name, modality, samples, self._data, shape=shape)
+            buckets = self._corpus.sources[int(numbers[0])][1] == PAIRS and not self._pack_captions
+            kind = BucketStream if buckets else PackedStream
+            self._streams[name] = kind(name, self._corpus, self.shape)
         return self._streams[name]
 
-    def _rng(self, phase: int, stream: str, epoch: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, phase, zlib.crc32(stream.encode()), epoch])
+    def _rng(self, phase: int, epoch: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, phase, zlib.crc32(b""), epoch])
 
-    def _epoch(self, phase: int, stream: Stream, epoch: int) -> _PairEpoch | _TextEpoch:
-        held = self._epochs.get(stream.name)
-        if held is None or held[0] != (phase, epoch):
-            held = ((phase, epoch), stream.epoch(self._rng(phase, stream.name, epoch)))
-            self._epochs[stream.name] = held
-        return held[1]
-
-    def _epoch_steps(self, streams: Sequence[str]) -> int:
-        return sum(self._streams[name].batches for name in streams)
-
-    def _schedule(self, phase: int, streams: Sequence[str], epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(stream of each step, its batch number) of one epoch of a phase given in epochs or words."""
+    def _schedule(self, phase: int, streams: Sequence[Stream], epoch: int) -> _Schedule:
+        """The schedule of one epoch of a phase given in epochs or words."""
         held = self._schedules.get(phase)
         if held is None or held[0] != epoch:
-            sizes = [self._streams[name].batches for name in streams]
+            sizes = [stream.batches for stream in streams]
             draws = np.repeat(np.arange(len(sizes), dtype=np.uint8), sizes)
-            draws = self._rng(phase, "", epoch).permutation(draws)
-            held = (epoch, draws, _occurrence(draws))
+            if len(sizes) > 1:
+                draws = self._rng(phase, epoch).permutation(draws)
+            held = (epoch, _Schedule(draws, len(sizes)))
             self._schedules = {phase: held}
-        return held[1], held[2]
+        return held[1]
 
-    def _drawn(self, phase: int) -> dict[str, int]:
+    def _drawn(self, phase: int) -> list[int]:
         """Batches drawn of each stream over a whole phase."""
         resolved = self._phases[phase]
-        if resolved.draws is not None:
-            counts = np.bincount(resolved.draws, minlength=len(resolved.streams))
-            return dict(zip(resolved.streams, counts.tolist(), strict=True))
-        epochs, rest = divmod(resolved.steps, self._epoch_steps(resolved.streams))
+        if resolved.schedule is not None:
+            return resolved.schedule.counts(resolved.steps).tolist()
+        epochs, rest = divmod(resolved.steps, _epoch_steps(resolved.streams))
         partial = np.zeros(len(resolved.streams), np.int64)
         if rest:
-            partial = np.bincount(
-                self._schedule(phase, resolved.streams, epochs)[0][:rest], minlength=len(resolved.streams)
-            )
-        return {
-            name: epochs * self._streams[name].batches + int(extra)
-            for name, extra in zip(resolved.streams, partial, strict=True)
-        }
+            partial = self._schedule(phase, resolved.streams, epochs).counts(rest)
+        return [epochs * s.batches + int(n) for s, n in zip(resolved.streams, partial, strict=True)]
 
 
-def _occurrence(draws: np.ndarray) -> np.ndarray:
-    """int64: for each element, how often its value occurred before."""
-    order = np.argsort(draws, kind="stable")
-    counts = np.bincount(draws)
-    nth = np.empty(len(draws), dtype=np.int64)
-    nth[order] = np.arange(len(draws)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return nth
+def _epoch_steps(streams: Sequence[Stream]) -> int:
+    return sum(stream.batches for stream in streams)

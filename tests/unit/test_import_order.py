@@ -26,6 +26,9 @@ shards.index
 shards.raw
 shards.writer
 shards.convert
+shards.corpus
+shards.streams
+shards.buckets shards.packing
 shards.order
 shards.store
 shards.dataset

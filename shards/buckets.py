@@ -1,0 +1,237 @@
+"""Captions in length buckets: full batches within a bucket, and what the buckets have left laid end to end.
+
+Symbols: G rows of a global batch, C partitions, W windows of a partition, K length buckets, n batches of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shards.corpus import Corpus, RowPlan, chunk_rows
+from shards.streams import BATCH_ORDER, HELD_EPOCHS, HELD_WINDOWS, WINDOW_ORDER, EpochKey, Held, Shape, Stream
+
+MANY_BUCKETS = 32  # buckets are cut about so fine where their batches span windows anyway
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The rows of a window, bucket after bucket: each int64 [rows]; begins int64 [K]: a bucket's first row."""
+
+    shards: np.ndarray
+    samples: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    begins: np.ndarray
+
+
+@dataclass(frozen=True)
+class _BucketEpoch:
+    """before int64 [C, W + 1, K]: a partition's rows of a bucket before a window. ready int64 [W + 1, K]: the full
+    batches of a bucket that all partitions have before a window. begins int64 [W + 1]: batches before a window."""
+
+    before: np.ndarray
+    ready: np.ndarray
+    begins: np.ndarray
+
+
+def length_buckets(rows: np.ndarray, least: int) -> np.ndarray:
+    """int64 [longest + 1]: the bucket of each length, of int64 [longest + 1] how many rows have it.
+
+    Adjacent lengths are merged until a bucket holds `least` rows; what is left over joins the last bucket.
+    """
+    bucket_of = np.zeros(len(rows), dtype=np.int64)
+    bucket, held = 0, 0
+    for length, count in enumerate(rows.tolist()):
+        bucket_of[length] = bucket
+        held += count
+        if held >= least:
+            bucket, held = bucket + 1, 0
+    if held < least and bucket > 0:
+        bucket_of[bucket_of == bucket] = bucket - 1
+    return bucket_of
+
+
+class BucketStream(Stream):
+    """Captions, one a row (pieces where longer than a row), in batches of nearly equal length.
+
+    The rows of a bucket, window after window, are cut into full batches; a batch is trained in the window that
+    completes it. What the buckets have left at the end of the epoch is laid end to end, short rows first.
+    """
+
+    packed = False
+
+    def __init__(self, name: str, corpus: Corpus, shape: Shape) -> None:
+        super().__init__(name, corpus, shape)
+        rows = self._rows_of_lengths()
+        total = np.bincount(rows[:, 1], rows[:, 2], minlength=shape.row_tokens + 1).astype(np.int64)
+        filled = shape.global_batch * self._windows  # a batch of each bucket in every window
+        self._bucket_of = length_buckets(total, max(shape.global_batch, min(filled, int(total.sum()) // MANY_BUCKETS)))
+        self._buckets = int(self._bucket_of.max()) + 1
+        present = np.flatnonzero(total)
+        self._longest = np.zeros(self._buckets, dtype=np.int64)
+        np.maximum.at(self._longest, self._bucket_of[present], present)
+        size = int(corpus.shard.max()) + 1
+        flat = rows[:, 0] * self._buckets + self._bucket_of[rows[:, 1]]
+        counts = np.bincount(flat, rows[:, 2], minlength=size * self._buckets)
+        self._shard_rows = counts.reshape(size, self._buckets).astype(np.int32)
+        held = np.array([self._shard_rows[part].sum(axis=0, dtype=np.int64) for part in self._parts])
+        self._full = (held // shape.share).min(axis=0)
+        self._left = np.cumsum(held - self._full * shape.share, axis=1)  # int64 [C, K]
+        self._full_batches = int(self._full.sum())
+        self.batches = self._full_batches + int(-(-self._left[:, -1].max() // shape.share))
+        self._epochs: Held[EpochKey, _BucketEpoch] = Held(HELD_EPOCHS)
+        self._made: Held[tuple[EpochKey, int, int], _Window] = Held(HELD_WINDOWS)
+        self._mixed: Held[tuple[EpochKey, int], tuple[np.ndarray, np.ndarray]] = Held(HELD_WINDOWS)
+        self._words: Held[tuple[EpochKey, int], np.ndarray] = Held(HELD_WINDOWS)
+
+    def plan(self, key: EpochKey, number: int, first: int, count: int) -> RowPlan:
+        epoch = self._epoch(key)
+        window = self._window_at(epoch, number)
+        batch = number - int(epoch.begins[window])
+        bucket, nth = (int(values[batch]) for values in self._batches(key, window))
+        where = self._rows(np.full(count, bucket), np.full(count, nth), np.arange(first, first + count))
+        full = where[3]
+        longest = int(self._longest[bucket]) if bucket < self._buckets else self._longest_left(nth)
+        shards, samples, starts, lengths = self._find(key, *(values[full] for values in where[:3]))
+        offsets = np.concatenate([[0], np.cumsum(full)])
+        return RowPlan(self.modality, self.name, False, longest, offsets, shards, samples, starts, lengths)
+
+    def words_before(self, key: EpochKey, number: int) -> int:
+        epoch = self._epoch(key)
+        window = self._window_at(epoch, number)
+        words = self._words.get((key, window))
+        if words is None:
+            words = self._words.put((key, window), self._window_words(key, window))
+        return int(words[number - int(epoch.begins[window])])
+
+    def _window_words(self, key: EpochKey, window: int) -> np.ndarray:
+        """int64 [n + 1]: the words that the epoch trains before each batch of a window, and after its last."""
+        epoch, share = self._epoch(key), self._shape.share
+        per_shard = self._by_shard(self._corpus.words)
+        total = 0
+        for c, order in enumerate(self._shard_orders(key)):
+            total += int(self._cumulative(order, per_shard)[window])
+            for bucket in range(self._buckets):  # rows that wait for a later batch to be full
+                waiting = np.arange(epoch.ready[window, bucket] * share, epoch.before[c, window, bucket])
+                rows = self._find(key, np.full(len(waiting), c), np.full(len(waiting), bucket), waiting)
+                total -= int(self._words_of(rows).sum())
+        buckets, nth = self._batches(key, window)
+        size = self._shape.global_batch
+        where = self._rows(np.repeat(buckets, size), np.repeat(nth, size), np.tile(np.arange(size), len(nth)))
+        full = where[3]
+        words = np.zeros(len(full), np.int64)
+        words[full] = self._words_of(self._find(key, *(values[full] for values in where[:3])))
+        return total + np.concatenate([[0], np.cumsum(words.reshape(-1, size).sum(axis=1))])
+
+    def window_of(self, key: EpochKey, number: int, partition: int) -> int:
+        return self._window_at(self._epoch(key), number)
+
+    def _rows_of_lengths(self) -> np.ndarray:
+        """int64 [_, 3]: (shard, row length, rows), from the counts of tokens alone."""
+        counts = self._corpus.counts[np.isin(self._corpus.counts[:, 0], self._entries)]
+        shard = self._corpus.shard[counts[:, 0]]
+        whole, rest = np.divmod(counts[:, 1] + 1, self._shape.row_tokens)
+        long = whole > 0
+        width = np.full(int(long.sum()), self._shape.row_tokens)
+        cut = np.stack([shard[long], width, (whole * counts[:, 2])[long]], axis=1)
+        return np.concatenate([cut, np.stack([shard, rest, counts[:, 2]], axis=1)[rest > 0]])
+
+    def _epoch(self, key: EpochKey) -> _BucketEpoch:
+        held = self._epochs.get(key)
+        if held is not None:
+            return held
+        before = np.stack([self._cumulative(order, self._shard_rows) for order in self._shard_orders(key)])
+        ready = np.minimum((before // self._shape.share).min(axis=0), self._full)
+        begins = ready.sum(axis=1)
+        begins[-1] = self.batches  # what is left over is trained in the last window
+        return self._epochs.put(key, _BucketEpoch(before, ready, begins))
+
+    def _window_at(self, epoch: _BucketEpoch, number: int) -> int:
+        return min(int(np.searchsorted(epoch.begins, number, side="right")), self._windows) - 1
+
+    def _batches(self, key: EpochKey, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """(bucket, how many batches of it came before), int64 [n] each; bucket K is what is left over."""
+        held = self._mixed.get((key, window))
+        if held is not None:
+            return held
+        epoch = self._epoch(key)
+        low, counts = epoch.ready[window], epoch.ready[window + 1] - epoch.ready[window]
+        if window == self._windows - 1:
+            low, counts = np.append(low, 0), np.append(counts, self.batches - self._full_batches)
+        bucket = np.repeat(np.arange(len(counts)), counts)
+        nth = np.arange(len(bucket)) - np.repeat(np.cumsum(counts) - counts - low, counts)
+        mixed = self._rng(key, BATCH_ORDER, window).permutation(len(bucket))
+        return self._mixed.put((key, window), (bucket[mixed], nth[mixed]))
+
+    def _rows(
+        self, bucket: np.ndarray, nth: np.ndarray, position: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(partition, bucket, row of it, whether there is one) of positions in batches, each [rows]."""
+        partition, at = np.divmod(position, self._shape.share)
+        at = at + nth * self._shape.share
+        left = bucket == self._buckets
+        full = np.ones(len(at), np.bool_)
+        bucket = bucket.copy()
+        if left.any():
+            bucket[left], at[left], full[left] = self._left_over(partition[left], at[left])
+        return partition, bucket, at, full
+
+    def _left_over(self, partition: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Place `at` of what a partition has left: (bucket, row of that bucket, whether there is one)."""
+        ends = self._left[partition]
+        bucket = np.minimum((ends <= at[:, None]).sum(axis=1), self._buckets - 1)
+        begins = np.concatenate([np.zeros((len(self._left), 1), np.int64), self._left], axis=1)
+        return bucket, self._full[bucket] * self._shape.share + at - begins[partition, bucket], at < ends[:, -1]
+
+    def _longest_left(self, nth: int) -> int:
+        last = np.minimum((nth + 1) * self._shape.share, self._left[:, -1]) - 1
+        holds = np.flatnonzero(last >= nth * self._shape.share)
+        bucket, _, _ = self._left_over(holds, last[holds])
+        return int(self._longest[bucket].max())
+
+    def _find(
+        self, key: EpochKey, partition: np.ndarray, bucket: np.ndarray, at: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(shards, samples, starts, lengths) of row `at` of `bucket` in `partition`, each int64 [rows]."""
+        epoch = self._epoch(key)
+        out = np.empty((4, len(at)), dtype=np.int64)
+        window, inside = np.empty_like(at), np.empty_like(at)
+        for code, here in _groups(partition * self._buckets + bucket):
+            before = epoch.before[code // self._buckets, :, code % self._buckets]
+            window[here] = np.searchsorted(before, at[here], side="right") - 1
+            inside[here] = at[here] - before[window[here]]
+        for code, here in _groups(partition * self._windows + window):
+            made = self._window(key, code // self._windows, code % self._windows)
+            rows = made.begins[bucket[here]] + inside[here]
+            out[:, here] = made.shards[rows], made.samples[rows], made.starts[rows], made.lengths[rows]
+        return out[0], out[1], out[2], out[3]
+
+    def _window(self, key: EpochKey, partition: int, window: int) -> _Window:
+        held = self._made.get((key, partition, window))
+        if held is not None:
+            return held
+        parts = []
+        for shard in self.shards_of(key, partition, window).tolist():
+            samples, positions = self._samples(shard)
+            record, starts, lengths = chunk_rows(positions, self._shape.row_tokens)
+            parts.append((np.full(len(record), shard), samples[record], starts, lengths))
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        mixed = self._rng(key, WINDOW_ORDER, partition, window).permutation(len(columns[0]))
+        buckets = self._bucket_of[columns[3][mixed]]
+        mixed = mixed[np.argsort(buckets, kind="stable")]
+        counts = np.bincount(buckets, minlength=self._buckets)
+        rows = [column[mixed].astype(np.int64) for column in columns]
+        made = _Window(rows[0], rows[1], rows[2], rows[3], np.cumsum(counts) - counts)
+        return self._made.put((key, partition, window), made)
+
+    def _words_of(self, rows: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
+        """int64: the words that begin in each row."""
+        shards, samples, starts, lengths = rows
+        return self._cut_words(shards, samples, starts + lengths) - self._cut_words(shards, samples, starts)
+
+
+def _groups(codes: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """(code, where it stands) of each code that occurs."""
+    return [(code, np.flatnonzero(codes == code)) for code in np.unique(codes).tolist()]
