@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from bitmar.model.memory import MemoryState
 from bitmar.observability.schema import Cadence, select
 from bitmar.observability.sinks import Sink, open_sinks
 from bitmar.observability.stats import Statistics
-from shards.loader import Loader, LoaderState, ShardSet, ValidationSet
+from shards.loader import Loader, LoaderState, Shape, ShardSet, ValidationSet
 from shards.order import PhaseSpec
 from shards.record import DataError
 
@@ -62,7 +61,7 @@ class Run:
     validated_at: int = -1
     saved_at: int = -1
     finished: bool = False  # an earlier start came to the end and wrote summary.json
-    reported_damage: int = 0  # damaged samples told of so far
+    damaged: set[tuple[str, str]] = field(default_factory=set)  # (shard, key) that any rank has met, as of the last log
 
     @property
     def last_step(self) -> int:
@@ -72,11 +71,10 @@ class Run:
 def assemble(config: Config, world: World) -> Run:
     """Build every part of the run. Raises ConfigError, DataError or CheckpointError."""
     config.check_world(world.size)
-    shards = ShardSet.open(Path(config.data.shards))
+    shards = ShardSet.open(config.data.shards, damage_ceiling=config.data.damage_ceiling)
     model = build_model(config, shards, world)
     parameters = parameter_counts(model)
-    manifest_hash = hashlib.sha256(json.dumps(shards.manifest, sort_keys=True).encode()).hexdigest()
-    identity = checkpoint.identity(config, shards.tokenizer_hash, manifest_hash)
+    identity = checkpoint.identity(config, shards.tokenizer_hash, shards.identity)
     engine = ZeroEngine(model, config, world)
     memory, progress = resume_or_start(config, engine, identity, world)
     loader = open_loader(config, shards, progress, world)
@@ -116,9 +114,13 @@ def open_loader(config: Config, shards: ShardSet, progress: Progress, world: Wor
             shards,
             [PhaseSpec(p.name, p.mix, p.epochs, p.words, p.steps) for p in config.phases],
             seed=config.run.seed,
-            global_batch=config.training.global_batch,
+            shape=Shape(
+                config.training.global_batch,
+                config.data.row_tokens,
+                config.data.partitions,
+                config.data.window_shards,
+            ),
             micro_batch=config.training.micro_batch,
-            row_tokens=config.data.row_tokens,
             rank=world.rank,
             world=world.size,
             state=LoaderState(progress.phase, progress.position),

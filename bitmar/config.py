@@ -58,13 +58,17 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str
+    shards: str  # the folder of the shards
     row_tokens: int = 256  # positions of a row; longer records go on in the next row
     words_limit: int = 100_000_000  # BabyLM: words the training split may hold
     prefetch_steps: int = 2
+    window_shards: int = 16  # samples are shuffled within windows of so many shards
+    partitions: int = 1  # canonical parts of the shards, so that a node reads only its own
+    damage_ceiling: float = 1.0e-4  # damaged samples (checksum fails) above this share end the run
 
     def __post_init__(self) -> None:
-        _positive("data", self, "row_tokens", "words_limit", "prefetch_steps")
+        _positive("data", self, "row_tokens", "words_limit", "prefetch_steps", "window_shards", "partitions")
+        _require(0 <= self.damage_ceiling <= 1, f"data.damage_ceiling must lie in [0, 1], got {self.damage_ceiling}")
 
 
 @dataclass(frozen=True)
@@ -287,6 +291,15 @@ class Config:
             not contrastive or fits,
             f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {t.micro_batch} "
             "or be a multiple of it",
+        )
+        _require(
+            t.global_batch % self.data.partitions == 0,
+            f"training.global_batch {t.global_batch} must be a multiple of data.partitions {self.data.partitions}",
+        )
+        _require(
+            not contrastive or self.data.partitions == 1 or t.micro_batch % m.contrastive_group == 0,
+            f"with data.partitions {self.data.partitions} a rank's rows are neighbours, so model.contrastive_group "
+            f"{m.contrastive_group} must divide training.micro_batch {t.micro_batch}",
         )
         recall = any(p.losses.get("recall", 0) > 0 for p in self.phases)
         _require(

@@ -13,8 +13,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -104,10 +105,10 @@ def train(config: Config, world: World) -> None:
 def loop(run: Run) -> None:
     """One iteration an optimizer step; it knows neither modality nor phase."""
     config, total = run.config, sum(run.lengths)
-    if run.progress.step >= run.last_step:
-        return
-    started = time.perf_counter()
-    for state, rows in run.loader:
+    steps = iter(run.loader)
+    while run.progress.step < run.last_step:
+        started = time.perf_counter()
+        state, rows = next_step(run, steps)
         phase = config.phases[state.phase]
         rates = rates_at(run.progress.step, total, config.optimizer)
         run.engine.set_rates(rates, phase.train)
@@ -125,9 +126,33 @@ def loop(run: Run) -> None:
             hold_validation(run)
         if saves:
             save(run)
-        if step >= run.last_step:
-            break
-        started = time.perf_counter()
+
+
+def next_step(run: Run, steps: Iterator[tuple[LoaderState, list[Rows]]]) -> tuple[LoaderState, list[Rows]]:
+    """This rank's rows of the next step. Where any rank has none to give, all save and raise DataError."""
+    item, problem = None, None
+    try:
+        item = next(steps)
+        run.shards.readers.check_damage(run.damaged)
+    except DataError as error:
+        problem = str(error)
+    if run.world.any(problem is not None):
+        stop_for_data(run, problem)
+    assert item is not None  # the loader holds as many steps as the phases have
+    return item
+
+
+def stop_for_data(run: Run, problem: str | None) -> NoReturn:
+    """End the run because of its data, on all ranks together, with a checkpoint of what was trained."""
+    problem = next(told for told in run.world.gather_objects(problem) if told is not None)
+    gather_damage(run)
+    run.sinks.event("data_error", step=run.progress.step, problem=problem)
+    if run.window.steps:
+        state = LoaderState(run.progress.phase, run.progress.position)
+        log(run, state, rates_at(run.progress.step, sum(run.lengths), run.config.optimizer))
+    if run.progress.step > 0:
+        save(run)
+    raise DataError(problem)
 
 
 def advance(run: Run, state: LoaderState, result: StepResult) -> None:
@@ -164,7 +189,7 @@ def observe(run: Run, rows: list[Rows], result: StepResult) -> None:
     w = run.window
     w.steps += 1
     w.tokens += tokens
-    w.samples += sum(int(part.valid.sum()) for part in rows)
+    w.samples += sum(part.samples for part in rows)
     w.words += sum(int(part.words.sum()) for part in rows)
 
 
@@ -184,11 +209,8 @@ def log(run: Run, state: LoaderState, rates: Rates) -> None:
     s.add("Throughput/Words_Per_Second", w.words / w.seconds)
     s.add("Throughput/Tokens_Per_Second", w.tokens / w.seconds)
     s.add("Throughput/Step_Seconds", w.seconds, w.steps)
-    damaged = run.loader.damaged
-    s.peak("Data/Damaged_Samples", len(damaged))
-    for shard, key in damaged[run.reported_damage :]:
-        run.sinks.event("damaged_sample", shard=shard, key=key)
-    run.reported_damage = len(damaged)
+    gather_damage(run)
+    s.same("Data/Damaged_Samples", len(run.damaged))
     phase = config.phases[state.phase]
     s.same("Training/Learning_Rate", rates.learning_rate)
     s.same("Training/Weight_Decay", rates.weight_decay)
@@ -212,6 +234,17 @@ def log(run: Run, state: LoaderState, rates: Rates) -> None:
                 f"{name} is {values[name]} by step {run.progress.step}; the last checkpoint is from before: lower "
                 "optimizer.peak_rate or training.gradient_clip and resume"
             )
+
+
+def gather_damage(run: Run) -> None:
+    """Bring together what damaged samples the ranks have met, and list the new ones."""
+    new = set(run.loader.damaged) - run.damaged
+    if not run.world.any(bool(new)):
+        return
+    union = set[tuple[str, str]]().union(*run.world.gather_objects(new))
+    for shard, key in sorted(union - run.damaged):
+        run.sinks.event("damaged_sample", shard=shard, key=key)
+    run.damaged |= union
 
 
 def hold_validation(run: Run) -> float | None:

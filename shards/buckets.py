@@ -5,6 +5,7 @@ Symbols: G rows of a global batch, C partitions, W windows of a partition, K len
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ from shards.corpus import Corpus, RowPlan, chunk_rows
 from shards.streams import BATCH_ORDER, HELD_EPOCHS, HELD_WINDOWS, WINDOW_ORDER, EpochKey, Held, Shape, Stream
 
 MANY_BUCKETS = 32  # buckets are cut about so fine where their batches span windows anyway
+_NONE = np.zeros(1, np.int64)
+_NO = np.zeros(0, np.int64)
+_Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # shards, samples, starts, lengths of rows
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,18 @@ class BucketStream(Stream):
         window = self._window_at(epoch, number)
         batch = number - int(epoch.begins[window])
         bucket, nth = (int(values[batch]) for values in self._batches(key, window))
-        where = self._rows(np.full(count, bucket), np.full(count, nth), np.arange(first, first + count))
-        full = where[3]
+        columns, held = [], []
+        for low, high in self._by_partition(first, first + count):
+            found = self._rows(key, bucket, nth, low, high)
+            columns += found
+            filled = sum(len(part[0]) for part in found)
+            held.append(np.minimum(np.arange(1, high - low + 1), filled))
+        for before, after in itertools.pairwise(range(len(held))):
+            held[after] += held[before][-1]
         longest = int(self._longest[bucket]) if bucket < self._buckets else self._longest_left(nth)
-        shards, samples, starts, lengths = self._find(key, *(values[full] for values in where[:3]))
-        offsets = np.concatenate([[0], np.cumsum(full)])
-        return RowPlan(self.modality, self.name, False, longest, offsets, shards, samples, starts, lengths)
+        offsets = np.concatenate([_NONE, *held])
+        rows = columns[0] if len(columns) == 1 else [np.concatenate(c) for c in zip(*columns, strict=True)] or [_NO] * 4
+        return RowPlan(self.modality, self.name, False, longest, offsets, *rows)
 
     def words_before(self, key: EpochKey, number: int) -> int:
         epoch = self._epoch(key)
@@ -114,16 +124,13 @@ class BucketStream(Stream):
         for c, order in enumerate(self._shard_orders(key)):
             total += int(self._cumulative(order, per_shard)[window])
             for bucket in range(self._buckets):  # rows that wait for a later batch to be full
-                waiting = np.arange(epoch.ready[window, bucket] * share, epoch.before[c, window, bucket])
-                rows = self._find(key, np.full(len(waiting), c), np.full(len(waiting), bucket), waiting)
-                total -= int(self._words_of(rows).sum())
-        buckets, nth = self._batches(key, window)
-        size = self._shape.global_batch
-        where = self._rows(np.repeat(buckets, size), np.repeat(nth, size), np.tile(np.arange(size), len(nth)))
-        full = where[3]
-        words = np.zeros(len(full), np.int64)
-        words[full] = self._words_of(self._find(key, *(values[full] for values in where[:3])))
-        return total + np.concatenate([[0], np.cumsum(words.reshape(-1, size).sum(axis=1))])
+                waiting = int(epoch.ready[window, bucket]) * share, int(epoch.before[c, window, bucket])
+                total -= self._words_of(self._run(key, c, bucket, *waiting))
+        words = np.zeros(len(self._batches(key, window)[0]), np.int64)
+        for batch, (bucket, nth) in enumerate(zip(*(v.tolist() for v in self._batches(key, window)), strict=True)):
+            for low, high in self._by_partition(0, self._shape.global_batch):
+                words[batch] += self._words_of(self._rows(key, bucket, nth, low, high))
+        return total + np.concatenate([_NONE, np.cumsum(words)])
 
     def window_of(self, key: EpochKey, number: int, partition: int) -> int:
         return self._window_at(self._epoch(key), number)
@@ -165,48 +172,47 @@ class BucketStream(Stream):
         mixed = self._rng(key, BATCH_ORDER, window).permutation(len(bucket))
         return self._mixed.put((key, window), (bucket[mixed], nth[mixed]))
 
-    def _rows(
-        self, bucket: np.ndarray, nth: np.ndarray, position: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(partition, bucket, row of it, whether there is one) of positions in batches, each [rows]."""
-        partition, at = np.divmod(position, self._shape.share)
-        at = at + nth * self._shape.share
-        left = bucket == self._buckets
-        full = np.ones(len(at), np.bool_)
-        bucket = bucket.copy()
-        if left.any():
-            bucket[left], at[left], full[left] = self._left_over(partition[left], at[left])
-        return partition, bucket, at, full
+    def _by_partition(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """The rows first : stop of a batch, cut where a partition's share ends."""
+        share = self._shape.share
+        cuts = [first, *range((first // share + 1) * share, stop, share), stop]
+        return list(itertools.pairwise(cuts))
 
-    def _left_over(self, partition: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Place `at` of what a partition has left: (bucket, row of that bucket, whether there is one)."""
-        ends = self._left[partition]
-        bucket = np.minimum((ends <= at[:, None]).sum(axis=1), self._buckets - 1)
-        begins = np.concatenate([np.zeros((len(self._left), 1), np.int64), self._left], axis=1)
-        return bucket, self._full[bucket] * self._shape.share + at - begins[partition, bucket], at < ends[:, -1]
+    def _rows(self, key: EpochKey, bucket: int, nth: int, first: int, stop: int) -> list[_Columns]:
+        """Rows first : stop of a batch, all of one partition; fewer where the epoch has no more."""
+        share = self._shape.share
+        partition = first // share
+        low, high = (position - partition * share + nth * share for position in (first, stop))
+        if bucket < self._buckets:
+            return self._run(key, partition, bucket, low, high)
+        begins = np.concatenate([_NONE, self._left[partition]])
+        found: list[_Columns] = []
+        for b in range(self._buckets):  # short rows first
+            start, end = max(low, int(begins[b])), min(high, int(begins[b + 1]))
+            shift = int(self._full[b]) * share - int(begins[b])
+            found += self._run(key, partition, b, start + shift, end + shift)
+        return found
+
+    def _run(self, key: EpochKey, partition: int, bucket: int, low: int, high: int) -> list[_Columns]:
+        """Rows low : high of a partition's bucket, (shards, samples, starts, lengths) of each window they lie in."""
+        found: list[_Columns] = []
+        before = self._epoch(key).before[partition, :, bucket]
+        while low < high:
+            window = int(np.searchsorted(before, low, side="right")) - 1
+            stop, base = min(high, int(before[window + 1])), int(before[window])
+            made = self._window(key, partition, window)
+            begin = int(made.begins[bucket]) - base
+            here = slice(begin + low, begin + stop)
+            found.append((made.shards[here], made.samples[here], made.starts[here], made.lengths[here]))
+            low = stop
+        return found
 
     def _longest_left(self, nth: int) -> int:
-        last = np.minimum((nth + 1) * self._shape.share, self._left[:, -1]) - 1
-        holds = np.flatnonzero(last >= nth * self._shape.share)
-        bucket, _, _ = self._left_over(holds, last[holds])
-        return int(self._longest[bucket].max())
-
-    def _find(
-        self, key: EpochKey, partition: np.ndarray, bucket: np.ndarray, at: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(shards, samples, starts, lengths) of row `at` of `bucket` in `partition`, each int64 [rows]."""
-        epoch = self._epoch(key)
-        out = np.empty((4, len(at)), dtype=np.int64)
-        window, inside = np.empty_like(at), np.empty_like(at)
-        for code, here in _groups(partition * self._buckets + bucket):
-            before = epoch.before[code // self._buckets, :, code % self._buckets]
-            window[here] = np.searchsorted(before, at[here], side="right") - 1
-            inside[here] = at[here] - before[window[here]]
-        for code, here in _groups(partition * self._windows + window):
-            made = self._window(key, code // self._windows, code % self._windows)
-            rows = made.begins[bucket[here]] + inside[here]
-            out[:, here] = made.shards[rows], made.samples[rows], made.starts[rows], made.lengths[rows]
-        return out[0], out[1], out[2], out[3]
+        """The longest row that the nth batch of what is left over may hold, in any partition."""
+        low = nth * self._shape.share
+        last = np.minimum(low + self._shape.share, self._left[:, -1]) - 1
+        bucket = (self._left <= last[:, None]).sum(axis=1)
+        return int(self._longest[bucket[last >= low]].max())
 
     def _window(self, key: EpochKey, partition: int, window: int) -> _Window:
         held = self._made.get((key, partition, window))
@@ -226,12 +232,10 @@ class BucketStream(Stream):
         made = _Window(rows[0], rows[1], rows[2], rows[3], np.cumsum(counts) - counts)
         return self._made.put((key, partition, window), made)
 
-    def _words_of(self, rows: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]) -> np.ndarray:
-        """int64: the words that begin in each row."""
-        shards, samples, starts, lengths = rows
-        return self._cut_words(shards, samples, starts + lengths) - self._cut_words(shards, samples, starts)
-
-
-def _groups(codes: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(code, where it stands) of each code that occurs."""
-    return [(code, np.flatnonzero(codes == code)) for code in np.unique(codes).tolist()]
+    def _words_of(self, rows: list[_Columns]) -> int:
+        """The words that begin in rows."""
+        total = 0
+        for shards, samples, starts, lengths in rows:
+            words = self._cut_words(shards, samples, starts + lengths) - self._cut_words(shards, samples, starts)
+            total += int(words.sum())
+        return total

@@ -5,33 +5,36 @@ Three passes over the raw files, none of which holds all vectors or texts. Symbo
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shards.index import index_path
 from shards.raw import RawPairs, RawSet, RawText, Rejected, open_raw, scan_pairs
-from shards.record import VECTOR_DTYPES, VECTOR_SIZE, DataError, Sample, sample_key, text_id
+from shards.record import VECTOR_DTYPES, DataError, Sample, sample_key, text_id
 from shards.tokenizer import TextTokenizer, default_vocab_size, train_tokenizer
 from shards.writer import (
     FORMAT,
     MANIFEST,
     REJECTED,
+    SPLITS,
     TOKENIZER,
+    Labels,
     Options,
     ShardWriter,
+    WrittenShard,
     building,
     read_manifest,
+    write_manifest,
 )
 
-SPLITS = ("train", "validation")
 BATCH = 1024
 HASH_BYTES = 1 << 22
 ID_RANGE = 2.0**64
@@ -70,15 +73,15 @@ def convert(raw: Path, out: Path, options: Options, *, force: bool, report: Repo
         scan = _scan(raw_set, options, report)
         _check_rejected(scan, options)
         tokenizer = _tokenizer(raw_set, scan, options, part, report)
-        entries: list[dict[str, Any]] = []
+        written: list[WrittenShard] = []
         for pairs in raw_set.pairs:
-            entries += _write_pairs(pairs, scan, options, tokenizer, part, report)
+            written += _write_pairs(pairs, scan, options, tokenizer, part, report)
         for text in raw_set.texts:
-            entries += _write_texts(text, scan, options, tokenizer, part, report)
-        manifest = _manifest(raw_set, inputs, fingerprint, options, scan, tokenizer, entries)
+            written += _write_texts(text, scan, options, tokenizer, part, report)
         lines = [json.dumps(asdict(r), ensure_ascii=True) + "\n" for r in scan.rejected]
         (part / REJECTED).write_text("".join(lines))
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        about = _about(raw_set, inputs, fingerprint, options, scan, tokenizer)
+        manifest = write_manifest(part, written, about)
     return manifest, True
 
 
@@ -114,9 +117,10 @@ def _existing(out: Path, fingerprint: str, force: bool) -> dict | None:
             f"{out} holds shards of other raw files or options: choose another --out, or pass --force to replace them"
         )
     for entry in manifest["shards"]:
-        path = out / entry["file"]
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or not index_path(path).is_dir():
-            raise DataError(f"{path} is missing or changed: pass --force to make the shards again")
+        for part in (entry, entry["index"]):
+            path = out / part["file"]
+            if not path.is_file() or path.stat().st_size != part["bytes"]:
+                raise DataError(f"{path} is missing or changed: pass --force to make the shards again")
     return manifest
 
 
@@ -201,15 +205,43 @@ def _chosen(scan: Scan, source: str, split: str, options: Options) -> np.ndarray
     return scan.usable[source] & (validation if split == "validation" else ~validation)
 
 
+class _Shards:
+    """The shards of one source and split, each of at most `samples_per_shard`."""
+
+    def __init__(self, part: Path, labels: Labels, tokenizer: TextTokenizer, options: Options) -> None:
+        self._part, self._labels, self._tokenizer, self._options = part, labels, tokenizer, options
+        self._writer: ShardWriter | None = None
+        self.written: list[WrittenShard] = []
+
+    def add(self, samples: Sequence[Sample], ids: Sequence[int]) -> None:
+        """Append samples (`ids`: their image ids, 0 for text)."""
+        done, limit = 0, self._options.samples_per_shard
+        while done < len(samples):
+            if self._writer is None:
+                labels = dataclasses.replace(self._labels, number=len(self.written))
+                self._writer = ShardWriter(self._part, labels, self._tokenizer, self._options.vector_dtype)
+            take = min(len(samples) - done, limit - len(self._writer))
+            self._writer.add(samples[done : done + take], ids[done : done + take])
+            done += take
+            if len(self._writer) == limit:
+                self.close()
+
+    def close(self) -> None:
+        """Finish the open shard, if there is one."""
+        finished = self._writer.close() if self._writer is not None else None
+        if finished is not None:
+            self.written.append(finished)
+        self._writer = None
+
+
 def _write_pairs(
     pairs: RawPairs, scan: Scan, options: Options, tokenizer: TextTokenizer, part: Path, report: Report
-) -> list[dict[str, Any]]:
+) -> list[WrittenShard]:
     """Shards of one NAME, shuffled within each split."""
-    entries = []
+    written = []
     ids = scan.ids[pairs.source]
     for number, split in enumerate(SPLITS):
-        labels = {"source": pairs.source, "modality": "pairs", "split": split}
-        writer = ShardWriter(part, labels, tokenizer, options)
+        shards = _Shards(part, Labels(pairs.source, "pairs", split, 0), tokenizer, options)
         rows = np.flatnonzero(_chosen(scan, pairs.source, split, options))
         seed = [options.shuffle_seed, zlib.crc32(pairs.source.encode()), number]
         rows = np.random.default_rng(seed).permutation(rows)
@@ -220,70 +252,59 @@ def _write_pairs(
                 Sample(sample_key(pairs.source, row), pairs.caption(row) or "", vector)
                 for row, vector in zip(batch.tolist(), vectors, strict=True)
             ]
-            writer.add(samples, ids[batch].tolist())
+            shards.add(samples, ids[batch].tolist())
             report(f"write {pairs.source} {split}", start + len(batch), len(rows))
-        writer.close()
-        entries += writer.entries
-    return entries
+        shards.close()
+        written += shards.written
+    return written
 
 
 def _write_texts(
     text: RawText, scan: Scan, options: Options, tokenizer: TextTokenizer, part: Path, report: Report
-) -> list[dict[str, Any]]:
+) -> list[WrittenShard]:
     """Shards of one text file, in file order within each split."""
-    writers, pending = {}, {}
+    shards: dict[str, _Shards] = {}
+    pending: dict[str, list[Sample]] = {}
     chosen = {split: _chosen(scan, text.source, split, options) for split in SPLITS}
     for split in SPLITS:
-        labels = {"source": text.source, "modality": "text", "split": split}
-        writers[split], pending[split] = ShardWriter(part, labels, tokenizer, options), []
+        shards[split], pending[split] = _Shards(part, Labels(text.source, "text", split, 0), tokenizer, options), []
     total = len(scan.ids[text.source])
     for row, record in enumerate(text.records()):
         for split in SPLITS:
             if chosen[split][row] and isinstance(record, str):
                 pending[split].append(Sample(sample_key(text.source, row), record, None))
             if len(pending[split]) == BATCH:
-                writers[split].add(pending[split], [0] * BATCH)
+                shards[split].add(pending[split], [0] * BATCH)
                 pending[split].clear()
                 report(f"write {text.source}", row + 1, total)
-    entries = []
+    written = []
     for split in SPLITS:
-        writers[split].add(pending[split], [0] * len(pending[split]))
-        writers[split].close()
-        entries += writers[split].entries
+        shards[split].add(pending[split], [0] * len(pending[split]))
+        shards[split].close()
+        written += shards[split].written
     report(f"write {text.source}", total, total)
-    return entries
+    return written
 
 
-def _manifest(
+def _about(
     raw_set: RawSet,
     inputs: list[dict[str, Any]],
     fingerprint: str,
     options: Options,
     scan: Scan,
     tokenizer: TextTokenizer,
-    entries: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    totals: dict[str, dict[str, int]] = {
-        split: dict.fromkeys(("samples", "words", "tokens", "bytes"), 0) for split in SPLITS
-    }
-    for entry in entries:
-        for name in totals[entry["split"]]:
-            totals[entry["split"]][name] += entry[name]
+    """What the manifest tells beside its shards."""
     by_source: dict[str, Counter[str]] = {}
     for item in scan.rejected:
         reason = "not UTF-8" if item.reason.startswith("line ") else item.reason
         by_source.setdefault(item.source, Counter())[reason] += 1
-    settings = {**asdict(options), "tokenizer": None if options.tokenizer is None else tokenizer.sha256}
     return {
-        "format": FORMAT,
         "generated": raw_set.generated,
         "fingerprint": fingerprint,
         "inputs": inputs,
-        "options": settings,
+        "options": {**asdict(options), "tokenizer": None if options.tokenizer is None else tokenizer.sha256},
         "tokenizer": {"file": TOKENIZER, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
         "vector_dtype": options.vector_dtype,
-        "vector_size": VECTOR_SIZE,
         "rejected": {"total": len(scan.rejected), "by_source": by_source},
-        "totals": totals,
-        "shards": entries,
     }

@@ -1,196 +1,296 @@
-"""A directory of shards, opened: manifest, indexes and the samples of its splits.
+"""A set of shards, opened: manifest, the counts of its splits, and shards as they are needed.
 
-Symbols: N samples of a split.
+Symbols: N samples of a shard.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import resource
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from shards.index import ShardReader, check_header, index_path, load_array
-from shards.order import Lengths
-from shards.record import DataError
-from shards.writer import TOKENIZER, read_manifest
+from shards.corpus import Corpus, ShardLengths
+from shards.index import ShardReader, load_columns
+from shards.record import VECTOR_SIZE, DataError
+from shards.store import Store, open_store
+from shards.writer import MANIFEST, parse_manifest
 
-DAMAGE_CEILING = 10_000  # at most one damaged sample in so many (but one is always borne)
-MAPS_PER_SHARD = 3
-SPARE_FILES = 256
+DAMAGE_CEILING = 1e-4
+FILES_PER_SHARD, SPARE_FILES = 4, 256
+MAX_OPEN = 256
+RAW_VECTORS = {1: np.dtype("<f2"), 2: np.dtype("<f4")}  # kinds of vectors that lie in the tar as they are
 
 
-class _Readers:
-    """Open shards, the least recently used closed when too many; each shard's checksums are verified once.
+class Sliced(Protocol):
+    """Bytes that are read by slicing: a memoryview of a map, or a file read at offsets."""
 
-    Shared by the prefetch thread and the validation sets, hence the lock.
+    def __getitem__(self, where: slice, /) -> bytes | memoryview: ...
+
+
+class OpenShard:
+    """One open shard and which of its samples are damaged."""
+
+    __slots__ = ("__weakref__", "damaged", "parts", "reader")
+
+    def __init__(self, reader: ShardReader, damaged: frozenset[int]) -> None:
+        self.reader, self.damaged = reader, damaged
+        columns = reader.columns
+        kinds = np.unique(columns["vector_kind"])
+        raw = RAW_VECTORS.get(int(kinds[0])) if len(kinds) == 1 else None
+        data: Sliced = reader.data
+        tokens: Sliced = reader.token_bytes
+        self.parts = (  # what gathering rows looks up for every span: columns that yield Python ints, bytes by slice
+            damaged,
+            _integers(columns["token_offsets"]),
+            reader.token_dtype.itemsize,
+            tokens,
+            _integers(columns["words"]),
+            _integers(columns["image_id"]),
+            _integers(columns["vector_offset"]),
+            VECTOR_SIZE * raw.itemsize if raw else 0,  # 0: decode each with reader.vector
+            data,
+        )
+
+    def words_of(self, start: int, stop: int) -> int:
+        """The words that begin in tokens start : stop of the shard."""
+        return int(np.frombuffer(self.reader.word_start_bytes[start:stop], np.uint8).sum(dtype=np.int64))
+
+
+def _integers(column: np.ndarray) -> memoryview:
+    """A column whose elements are read as Python ints, faster than numpy's own."""
+    return memoryview(column.data)
+
+
+class Readers:
+    """Open shards, the least recently used let go when too many; each is verified when first opened.
+
+    Shared by threads. A shard that is let go is closed, and no longer pinned in the store, once nobody uses it.
     """
 
-    def __init__(self, directory: Path, entries: Sequence[dict[str, Any]], tokenizer_hash: str) -> None:
-        self._directory, self._entries, self._hash = directory, entries, tokenizer_hash
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()
-        self._bad: dict[int, frozenset[int]] = {}
-        self._lock = threading.RLock()
+    def __init__(self, store: Store, manifest: dict[str, Any], damage_ceiling: float) -> None:
+        self._store, self._entries = store, manifest["shards"]
+        self._tokenizer = manifest["tokenizer"]["sha256"]
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._busy: dict[int, threading.Lock] = {}
+        self._damaged: dict[int, frozenset[int]] = {}
+        self._lock = threading.Lock()
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._limit = max(8, (files - SPARE_FILES) // MAPS_PER_SHARD)
-        self.damaged: list[tuple[str, str]] = []
+        self._limit = max(8, min(MAX_OPEN, (files - SPARE_FILES) // FILES_PER_SHARD))
+        self._ceiling = damage_ceiling
+        self.damaged: list[tuple[str, str]] = []  # (shard, key) of every damaged sample found
 
-    def get(self, shard: int) -> ShardReader:
-        """The open reader of a shard."""
+    def keep(self, shards: int) -> None:
+        """Hold at most so many shards open."""
+        self._limit = max(1, min(self._limit, shards))
+
+    def get(self, shard: int) -> OpenShard:
+        """The open shard of a number. Raises DataError when it cannot be had or does not fit its index."""
         with self._lock:
-            reader = self._open.get(shard)
-            if reader is None:
-                reader = ShardReader(self._directory / self._entries[shard]["file"], self._hash)
-                self._open[shard] = reader
-                if len(self._open) > self._limit:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(shard)
-            return reader
+            opened = self._open.get(shard)
+            if opened is not None:
+                self._open.move_to_end(shard)
+                return opened
+            busy = self._busy.setdefault(shard, threading.Lock())
+        with busy:
+            with self._lock:
+                opened = self._open.get(shard)
+            if opened is None:
+                opened = self._fetch(shard)
+                with self._lock:
+                    self._open[shard] = opened
+                    while len(self._open) > self._limit:
+                        self._open.popitem(last=False)
+            return opened
 
-    def bad(self, shard: int) -> frozenset[int]:
-        """The damaged samples of a shard, verified at the first call.
+    def columns(self, shard: int, *names: str) -> dict[str, np.ndarray]:
+        """Arrays of the index of a shard; the tar is not needed. Raises DataError."""
+        index = self._entries[shard]["index"]
+        path = self._store.fetch(index["file"], index["bytes"], index["sha256"])
+        try:
+            return load_columns(path, names)
+        finally:
+            self._store.release(index["file"])
 
-        Raises DataError when more than 1 in 10,000 samples of the set (and more than one) are damaged.
-        """
+    def check_damage(self, met: Iterable[tuple[str, str]] = ()) -> None:
+        """Raises DataError when more samples are damaged, here or `met` elsewhere, than may be (one always may)."""
         with self._lock:
-            if shard not in self._bad:
-                reader = self.get(shard)
-                found = reader.damaged().tolist()
-                self._bad[shard] = frozenset(found)
-                name = self._entries[shard]["file"]
-                self.damaged += [(name, reader.key(sample)) for sample in found]
-            self._check_ceiling()
-            return self._bad[shard]
-
-    def _check_ceiling(self) -> None:
-        total = sum(entry["samples"] for entry in self._entries) if self.damaged else 0
-        if len(self.damaged) > max(1, total // DAMAGE_CEILING):
-            listed = ", ".join(f"{key} in {tar}" for tar, key in self.damaged[:3])
+            found = sorted({*self.damaged, *met})
+        total = sum(entry["samples"] for entry in self._entries) if found else 0
+        if len(found) > max(1, self._ceiling * total):
+            listed = ", ".join(f"{key} in {tar}" for tar, key in found[:3])
             raise DataError(
-                f"{len(self.damaged)} of {total} samples are damaged (first: {listed}), more than 1 in "
-                f"{DAMAGE_CEILING}: make the shards again"
+                f"{len(found)} of {total} samples are damaged (first: {listed}), more than "
+                f"data.damage_ceiling {self._ceiling:g} of them: make the shards again"
             )
+
+    def close(self) -> None:
+        """Let every shard go."""
+        with self._lock:
+            self._open.clear()
+
+    def _fetch(self, shard: int) -> OpenShard:
+        entry = self._entries[shard]
+        files = (entry["file"], entry["bytes"], entry["sha256"]), tuple(entry["index"].values())
+        pinned: list[str] = []
+        try:
+            paths = []
+            for name, size, sha256 in files:
+                paths.append(self._store.fetch(name, size, sha256))
+                pinned.append(name)
+            reader = ShardReader(paths[0], self._tokenizer, paths[1])
+            opened = OpenShard(reader, self._verify(shard, reader))
+        except BaseException:
+            _let_go(self._store, pinned)
+            raise
+        weakref.finalize(opened, _let_go, self._store, pinned).atexit = False
+        return opened
+
+    def _verify(self, shard: int, reader: ShardReader) -> frozenset[int]:
+        """The damaged samples of a shard; found out once a run."""
+        known = self._damaged.get(shard)
+        if known is None:
+            known = frozenset(reader.damaged().tolist())
+            keys = [(self._entries[shard]["file"], reader.key(sample)) for sample in sorted(known)]
+            with self._lock:
+                self._damaged[shard] = known
+                self.damaged += keys
+        return known
+
+
+def _let_go(store: Store, names: list[str]) -> None:
+    for name in names:
+        store.release(name)
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """An opened shard directory: manifest, and indexes mapped as they are needed."""
+    """An opened set: its manifest, and its shards as they are needed."""
 
-    directory: Path
+    location: str
     manifest: dict[str, Any]
     vocab_size: int
     tokenizer_hash: str
     generated: bool
     vector_size: int
-    readers: _Readers = field(repr=False, compare=False)
+    readers: Readers = field(repr=False, compare=False)
+    store: Store = field(repr=False, compare=False)
+    length_counts: np.ndarray = field(repr=False, compare=False)  # int32 [M, 4]: shard, source, tokens, samples
 
     @classmethod
-    def open(cls, directory: Path, verify: bool = True) -> ShardSet:
-        """Open `directory`; raises DataError when it is missing, foreign or damaged.
+    def open(
+        cls,
+        location: str | Path,
+        *,
+        damage_ceiling: float = DAMAGE_CEILING,
+    ) -> ShardSet:
+        """Open a folder; raises DataError when it is missing, foreign or damaged.
 
-        verify: check now that every tar's size and index match. Checksums are verified when a shard is
-        first used.
+        Tars and indexes are checked for their sizes now, their checksums when a shard is first used.
         """
-        directory = Path(directory)
-        manifest = read_manifest(directory)
-        if not (directory / TOKENIZER).is_file():
-            raise DataError(f"{directory / TOKENIZER} is missing: make the shards again")
+        store = open_store(str(location))
+        manifest = parse_manifest(store.read(MANIFEST), f"{store.location}/{MANIFEST}")
         tokenizer = manifest["tokenizer"]
-        if verify:
-            for entry in manifest["shards"]:
-                path = directory / entry["file"]
-                check_header(path, tokenizer["sha256"])
-                header = load_array(index_path(path), "header")
-                told = (entry["bytes"], entry["samples"], entry["tokens"])
-                if tuple(header[1:4].tolist()) != told:
-                    raise DataError(
-                        f"index {index_path(path).name} says (bytes, samples, tokens) = "
-                        f"{tuple(header[1:4].tolist())}, the manifest {told}: make the shards again"
-                    )
-        readers = _Readers(directory, manifest["shards"], tokenizer["sha256"])
+        _read_checked(store, tokenizer["file"], tokenizer["sha256"])
+        lengths = _read_checked(store, manifest["lengths"]["file"], manifest["lengths"]["sha256"])
+        for entry in manifest["shards"]:
+            for part in (entry, entry["index"]):
+                store.fetch(part["file"], part["bytes"], part["sha256"])
+                store.release(part["file"])
+        readers = Readers(store, manifest, damage_ceiling)
         return cls(
-            directory,
+            store.location,
             manifest,
             tokenizer["vocab_size"],
             tokenizer["sha256"],
             manifest["generated"],
             manifest["vector_size"],
             readers,
+            store,
+            _length_counts(lengths, manifest, store.location),
         )
 
     @property
-    def tokenizer_path(self) -> Path:
+    def identity(self) -> str:
+        """A hash of the manifest: equal sets have equal ones."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    def tokenizer_json(self) -> bytes:
         """The tokenizer's file."""
-        return self.directory / TOKENIZER
+        return self.store.read(self.manifest["tokenizer"]["file"])
 
     def words(self, split: str) -> int:
         """Words of a split, "train" or "validation"."""
         return self.manifest["totals"][split]["words"]
 
-
-class Split:
-    """The samples of one split (and modality): global sample numbers, their lengths and their bytes."""
-
-    def __init__(self, shards: ShardSet, split: str, modality: str | None = None) -> None:
+    def corpus(self, split: str) -> Corpus:
+        """The counts of a split."""
+        sources = tuple((source["name"], source["modality"]) for source in self.manifest["sources"])
+        number = {name: at for at, (name, _) in enumerate(sources)}
         entries = [
-            (number, entry)
-            for number, entry in enumerate(shards.manifest["shards"])
-            if entry["split"] == split and modality in (None, entry["modality"])
+            (shard, number[name], part["samples"], part["words"], part["tokens"])
+            for shard, entry in enumerate(self.manifest["shards"])
+            if entry["split"] == split
+            for name, part in sorted(entry["sources"].items())
         ]
-        self._readers = shards.readers
-        self._shards = np.array([number for number, _ in entries], dtype=np.int64)
-        counts = np.array([entry["samples"] for _, entry in entries], dtype=np.int64)
-        self.borders = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        sources = sorted({(entry["source"], entry["modality"]) for _, entry in entries})
-        numbers = [sources.index((entry["source"], entry["modality"])) for _, entry in entries]
-        directories = [index_path(shards.directory / entry["file"]) for _, entry in entries]
-        self.lengths = Lengths(
-            tuple(sources),
-            _joined([np.diff(load_array(d, "token_offsets")) for d in directories]),
-            _joined([load_array(d, "words") for d in directories]),
-            np.repeat(np.array(numbers, dtype=np.int64), counts),
-            self._words_before,
+        columns = np.array(entries, dtype=np.int64).reshape(-1, 5)
+        code = columns[:, 0] * len(sources) + columns[:, 1]
+        counts = self.length_counts.astype(np.int64)
+        wanted = counts[:, 0] * len(sources) + counts[:, 1]
+        counts = counts[np.isin(wanted, code)]
+        entry = np.searchsorted(code, counts[:, 0] * len(sources) + counts[:, 1])
+        counts = np.stack([entry, counts[:, 2], counts[:, 3]], axis=1)
+        shard, source, samples, words, tokens = columns.T
+        return Corpus(
+            sources, shard, source, samples, words, tokens, counts, lambda shard: self._lengths(shard, number)
         )
 
-    def __len__(self) -> int:
-        return int(self.borders[-1])
+    def _lengths(self, shard: int, number: dict[str, int]) -> ShardLengths:
+        columns = self.readers.columns(shard, "token_offsets", "words", "source", "sources")
+        names = [name.decode("utf-8", "replace") for name in columns["sources"].tolist()]
+        unknown = [name for name in names if name not in number]
+        if unknown:
+            file = self.manifest["shards"][shard]["index"]["file"]
+            raise DataError(f"index {file} holds source {unknown[0]!r}, which the manifest does not know")
+        sources = np.array([number[name] for name in names], dtype=np.int64)[columns["source"]]
+        offsets = columns["token_offsets"]
 
-    def column(self, name: str) -> np.ndarray:
-        """One per-sample column of the indexes over all samples."""
-        readers = (self._readers.get(int(shard)) for shard in self._shards)
-        return np.concatenate([np.zeros(0, np.int64), *[reader.columns[name] for reader in readers]])
+        def words_before(samples: np.ndarray, counts: np.ndarray) -> np.ndarray:
+            starts = self.readers.columns(shard, "word_starts")["word_starts"]
+            before = np.concatenate([[0], np.cumsum(starts, dtype=np.int64)])
+            return before[offsets[samples] + counts] - before[offsets[samples]]
 
-    def locate(self, sample: int) -> tuple[int, int]:
-        """(shard number, sample within it)."""
-        at = int(np.searchsorted(self.borders, sample, side="right")) - 1
-        return int(self._shards[at]), sample - int(self.borders[at])
-
-    def reader(self, sample: int) -> tuple[ShardReader, int, bool]:
-        """(reader, sample within it, whether it is whole); verifies its shard at first."""
-        shard, local = self.locate(sample)
-        return self._readers.get(shard), local, local not in self._readers.bad(shard)
-
-    def damaged(self) -> np.ndarray:
-        """int64: the damaged samples of the split; verifies all its shards."""
-        found = [
-            int(border) + sample
-            for shard, border in zip(self._shards.tolist(), self.borders[:-1], strict=True)
-            for sample in sorted(self._readers.bad(shard))
-        ]
-        return np.array(found, dtype=np.int64)
-
-    def _words_before(self, samples: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        out = np.empty(len(samples), dtype=np.int64)
-        for at, (sample, count) in enumerate(zip(samples.tolist(), counts.tolist(), strict=True)):
-            shard, local = self.locate(sample)
-            out[at] = self._readers.get(shard).sample_word_starts(local)[:count].sum(dtype=np.int64)
-        return out
+        return ShardLengths(np.diff(offsets), columns["words"], sources, words_before)
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
+def _read_checked(store: Store, name: str, sha256: str) -> bytes:
+    """A small file of the set; raises DataError when it is not the manifest's."""
+    data = store.read(name)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DataError(f"{store.location}/{name} is not the one of the manifest: make the shards again")
+    return data
+
+
+def _length_counts(data: bytes, manifest: dict[str, Any], location: str) -> np.ndarray:
+    """int32 [M, 4] of the bytes of lengths.npy; raises DataError when they do not fit the manifest."""
+    name = f"{location}/{manifest['lengths']['file']}"
+    try:
+        counts = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{name} is damaged ({error}): make the shards again") from None
+    shards = manifest["shards"]
+    if counts.ndim != 2 or counts.shape[1] != 4 or counts.dtype.kind != "i" or (counts < 0).any():
+        raise DataError(f"{name} is not a table of lengths: make the shards again")
+    held = np.bincount(counts[:, 0], counts[:, 3], minlength=len(shards)).astype(np.int64)
+    if held.tolist() != [entry["samples"] for entry in shards]:
+        raise DataError(f"{name} does not count the samples that the manifest counts: make the shards again")
+    return counts

@@ -1,306 +1,402 @@
-"""The index beside a tar: plain .npy arrays in `X.index/`, enough to train without parsing the tar.
+"""The index beside a tar: `X.index.npz`, enough to train without parsing the tar.
 
-Symbols: N samples, K tokens of all of them, V width of a vision vector.
+An uncompressed .npz, that is a zip of plain .npy arrays, of which the long ones can be mapped. Symbols: N samples,
+K tokens of all of them, V width of a vision vector.
 
-    header.npy         int64 [7]: format, tar bytes, N, K, V, token item size, crc32 of the arrays below
-    tokenizer.npy      the sha256 of the tokenizer's file
-    keys.npy           bytes [N]
-    text_offset.npy    int64 [N], text_size.npy int64 [N]: the text's place in the tar
-    vector_offset.npy  int64 [N]: the place of the raw floats, -1 where there is none
-    vector_bytes.npy   uint8 [N]: bytes a float (0 none, 2 float16, 4 float32)
-    token_offsets.npy  int64 [N + 1], tokens.npy uint16 or uint32 [K], word_starts.npy uint8 [K]
-    words.npy          int32 [N]
-    crc32.npy          uint32 [N]: over text bytes + raw floats
-    image_id.npy       int64 [N]: 0 where there is no vector
+    header         int64 [6]: format, tar bytes, N, K, V, token item size
+    tokenizer      the sha256 of the tokenizer's file
+    keys           bytes [N];  sources bytes [k], sorted;  source uint8 [N]: which of them
+    text_offset    int64 [N], text_size int32 [N]: the text's place in the tar
+    text_kind      uint8 [N]: 0 plain text, 1 JSON with the text in "caption" or "text"
+    vector_offset  int64 [N] (-1: none), vector_size int32 [N]: the vector's place in the tar
+    vector_kind    uint8 [N]: 0 none, 1 raw float16, 2 raw float32, 3 an .npy or .npz that must be decoded
+    token_offsets  int64 [N + 1], tokens uint16 or uint32 [K], word_starts uint8 [K]
+    words          int32 [N];  crc32 uint32 [N]: over the bytes of text and vector
+    image_id       int64 [N]: 0 where there is no vector
 """
 
 from __future__ import annotations
 
+import io
+import json
 import mmap
 import os
-import shutil
-import tarfile
+import weakref
+import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import psutil
 
-from shards.record import BLOCK_BYTES, VECTOR_SIZE, DataError, from_members, image_id, parse_npy
+from shards.record import TEXT_FIELDS, VECTOR_SIZE, DataError
 from shards.tokenizer import TextTokenizer
 
-FORMAT = 1
-TOKENIZE_BATCH = 2048
+FORMAT = 2
+PLAIN_TEXT, JSON_TEXT = range(2)
+NO_VECTOR, RAW_FLOAT16, RAW_FLOAT32, ENCODED_VECTOR = range(4)
+RAW_DTYPES = {RAW_FLOAT16: np.dtype("<f2"), RAW_FLOAT32: np.dtype("<f4")}
 PER_SAMPLE = {
+    "source": "u1",
     "text_offset": "<i8",
-    "text_size": "<i8",
+    "text_size": "<i4",
+    "text_kind": "u1",
     "vector_offset": "<i8",
-    "vector_bytes": "u1",
+    "vector_size": "<i4",
+    "vector_kind": "u1",
     "words": "<i4",
     "crc32": "<u4",
     "image_id": "<i8",
 }
-ARRAYS = (*PER_SAMPLE, "keys", "token_offsets", "tokens", "word_starts", "tokenizer")
+COLUMNS = (*PER_SAMPLE, "token_offsets")  # what an open shard holds in memory
+SHARED_FILE_SYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "fuse", "9p", "ceph", "beegfs", "afs", "glusterfs")
 
 
 def index_path(tar: Path) -> Path:
-    """The directory of the index of `tar`."""
-    return tar.with_suffix(".index")
+    """The index of `tar`."""
+    return tar.with_suffix(".index.npz")
 
 
 @dataclass(frozen=True)
 class Members:
-    """Where the parts of n samples lie in a tar: keys and texts (n each) and one list a column."""
+    """Where the parts of n samples lie in a tar.
 
-    keys: Sequence[str]
+    keys and texts (n each); source int [n] into `sources`; columns: the other per-sample arrays but words.
+    """
+
+    keys: Sequence[bytes]
     texts: Sequence[str]
-    columns: dict[str, Sequence[int]]  # text_offset, text_size, vector_offset, vector_bytes, crc32, image_id
+    sources: Sequence[str]
+    columns: dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Counted:
+    """What an index holds: samples, words and tokens of each source, and how many samples have how many tokens.
+
+    lengths int64 [M, 3]: (number of the source in the sorted names of `sources`, tokens, samples).
+    """
+
+    sources: dict[str, dict[str, int]]
+    lengths: np.ndarray
+
+    def total(self, name: str) -> int:
+        """The sum of "samples", "words" or "tokens" over the sources."""
+        return sum(part[name] for part in self.sources.values())
+
+
+@dataclass
 class IndexBuilder:
     """Collects samples in tar order, tokenises them and writes the index."""
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._keys: list[str] = []
-        self._columns: dict[str, list[int]] = {name: [] for name in PER_SAMPLE}
-        self._tokens: list[np.ndarray] = []
-        self._word_starts: list[np.ndarray] = []
-        self._counts: list[np.ndarray] = [np.zeros(1, np.int64)]
+    tokenizer: TextTokenizer
+    keys: list[bytes] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # sources as they were met
+    columns: dict[str, list[np.ndarray]] = field(default_factory=lambda: {name: [] for name in PER_SAMPLE})
+    tokens: list[np.ndarray] = field(default_factory=list)
+    word_starts: list[np.ndarray] = field(default_factory=list)
+    counts: list[np.ndarray] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.keys)
 
     def add(self, members: Members) -> None:
         """Take in samples, in the order of the tar."""
-        encoded = self._tokenizer.encode_batch(members.texts)
-        self._keys.extend(members.keys)
-        for name, values in members.columns.items():
-            self._columns[name].extend(values)
+        encoded = self.tokenizer.encode_batch(members.texts)
+        self.keys.extend(members.keys)
+        self.names += [name for name in members.sources if name not in self.names]
+        numbers = np.array([self.names.index(name) for name in members.sources], np.int64)
         cumulative = np.concatenate([[0], np.cumsum(encoded.word_starts, dtype=np.int64)])
-        self._columns["words"].extend(np.diff(cumulative[encoded.offsets]).tolist())
-        self._tokens.append(encoded.tokens.astype(self._tokenizer.token_dtype))
-        self._word_starts.append(encoded.word_starts)
-        self._counts.append(np.diff(encoded.offsets))
+        values = {**members.columns, "words": np.diff(cumulative[encoded.offsets])}
+        values["source"] = numbers[members.columns["source"]]
+        for name, kind in PER_SAMPLE.items():
+            self.columns[name].append(np.asarray(values[name]).astype(kind))
+        self.tokens.append(encoded.tokens.astype(self.tokenizer.token_dtype))
+        self.word_starts.append(encoded.word_starts)
+        self.counts.append(np.diff(encoded.offsets))
 
-    def write(self, tar: Path) -> dict[str, int]:
-        """Write the index of the finished `tar` atomically; returns its samples, words and tokens."""
-        arrays = {name: np.array(self._columns[name], dtype=kind) for name, kind in PER_SAMPLE.items()}
-        arrays["keys"] = np.array([key.encode("utf-8") for key in self._keys], dtype=np.bytes_)
-        arrays["token_offsets"] = np.cumsum(np.concatenate(self._counts), dtype="<i8")
-        empty = np.zeros(0, self._tokenizer.token_dtype)
-        arrays["tokens"] = np.concatenate([empty, *self._tokens])
-        arrays["word_starts"] = np.concatenate([np.zeros(0, np.uint8), *self._word_starts])
-        arrays["tokenizer"] = np.array(self._tokenizer.sha256.encode("ascii"), dtype="S64")
+    def write(self, target: Path, tar_bytes: int) -> Counted:
+        """Write the index to `target`. Raises DataError when the samples have more than 256 sources."""
+        if len(self.names) > 256:
+            raise DataError(f"{target.name}: {len(self.names)} sources in one shard, at most 256 can be told apart")
+        arrays = {name: _joined(parts, PER_SAMPLE[name]) for name, parts in self.columns.items()}
+        names = sorted(self.names)
+        place = np.array([names.index(name) for name in self.names] or [0], np.uint8)
+        arrays["source"] = place[arrays["source"]]
+        arrays["sources"] = np.array([name.encode("utf-8") for name in names], dtype=np.bytes_)
+        arrays["keys"] = np.array(self.keys, dtype=np.bytes_)
+        counts = _joined(self.counts, "<i8")
+        arrays["token_offsets"] = np.concatenate([[0], np.cumsum(counts)]).astype("<i8")
+        arrays["tokens"] = _joined(self.tokens, self.tokenizer.token_dtype.str)
+        arrays["word_starts"] = _joined(self.word_starts, "u1")
+        arrays["tokenizer"] = np.array(self.tokenizer.sha256.encode("ascii"), dtype="S64")
         tokens = arrays["tokens"]
-        header = [FORMAT, tar.stat().st_size, len(self), len(tokens), VECTOR_SIZE, tokens.itemsize]
-        arrays["header"] = np.array([*header, arrays_crc(arrays)], dtype="<i8")
-        final, part = index_path(tar), tar.with_suffix(".index.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        for name, values in arrays.items():
-            np.save(part / f"{name}.npy", values, allow_pickle=False)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(part, final)
-        return {"samples": len(self), "words": int(arrays["words"].sum()), "tokens": len(tokens)}
+        header = [FORMAT, tar_bytes, len(self), len(tokens), VECTOR_SIZE, tokens.itemsize]
+        with target.open("wb") as stream:
+            np.savez(stream, allow_pickle=False, header=np.array(header, dtype="<i8"), **arrays)
+        return count_index(names, arrays["source"], counts, arrays["words"])
 
 
-def arrays_crc(arrays: dict[str, np.ndarray]) -> int:
-    """The crc32 over the bytes of all arrays of an index but its header."""
-    crc = 0
-    for name in ARRAYS:
-        crc = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), crc)
-    return crc
+def _joined(parts: list[np.ndarray], kind: str) -> np.ndarray:
+    return np.concatenate([np.zeros(0, kind), *parts])
 
 
-def _grouped(archive: tarfile.TarFile, tar: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Consecutive members of one key: (key, {extension: member}); only .txt and .npy are kept."""
-    key, group, end = "", {}, 0
-    for member in archive:
-        end = member.offset_data + -(-member.size // BLOCK_BYTES) * BLOCK_BYTES
-        if not member.isfile():
-            continue
-        folder, _, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        name = f"{folder}/{stem}" if folder else stem
-        if name != key:
-            if group:
-                yield key, group
-            key, group = name, {}
-        if extension in ("txt", "npy"):
-            if extension in group:
-                raise DataError(f"{tar.name}: member {member.name} occurs twice in its sample")
-            group[extension] = member
-    if group:
-        yield key, group
-    with tar.open("rb") as stream:
-        stream.seek(end)
-        closing = stream.read(BLOCK_BYTES)
-    if len(closing) < BLOCK_BYTES or any(closing):
-        raise DataError(f"{tar.name} is truncated or damaged at byte {end}: get the file again")
+def count_index(names: list[str], source: np.ndarray, tokens: np.ndarray, words: np.ndarray) -> Counted:
+    """The counts of samples of `names` [k] by source [N], tokens [N] and words [N]."""
+    sources = {}
+    for number, name in enumerate(names):
+        mine = source == number
+        counted = int(mine.sum()), int(words[mine].sum()), int(tokens[mine].sum())
+        sources[name] = dict(zip(("samples", "words", "tokens"), counted, strict=True))
+    pairs, many = np.unique(np.stack([source.astype(np.int64), tokens]), axis=1, return_counts=True)
+    return Counted(sources, np.stack([*pairs, many], axis=1))
 
 
-def _locate(archive: tarfile.TarFile, tar: Path, tokenizer: TextTokenizer, builder: IndexBuilder) -> None:
-    """Stream the samples of an open tar into `builder`."""
-    names = [name for name in PER_SAMPLE if name != "words"]
-    keys: list[str] = []
-    texts: list[str] = []
-    columns: dict[str, list[int]] = {name: [] for name in names}
-
-    def flush() -> None:
-        if keys:
-            builder.add(Members(keys, texts, columns))  # type: ignore[arg-type]
-        for values in (keys, texts, *columns.values()):
-            values.clear()
-
-    for key, group in _grouped(archive, tar):
-        payloads = {extension: _payload(archive, member) for extension, member in group.items()}
-        sample = from_members(f"{tar.name}: {key}", payloads)
-        row = [group["txt"].offset_data, group["txt"].size, -1, 0, zlib.crc32(payloads["txt"]), 0]
-        if sample.vector is not None:
-            dtype, start = parse_npy(payloads["npy"], f"{tar.name}: {key}.npy")
-            crc = zlib.crc32(payloads["npy"][start:], row[4])
-            row[2:] = [group["npy"].offset_data + start, dtype.itemsize, crc, image_id(sample.vector)]
-        keys.append(key)
-        texts.append(sample.text)
-        for name, value in zip(names, row, strict=True):
-            columns[name].append(value)
-        if len(keys) == TOKENIZE_BATCH:
-            flush()
-    flush()
+def load_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of an index; raises DataError when the file or one of them is missing or damaged."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise _damaged(path, error) from None
 
 
-def _payload(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    stream = archive.extractfile(member)
-    assert stream is not None  # regular files only
-    return stream.read()
+def _damaged(path: Path, error: object) -> DataError:
+    return DataError(f"index {path} is missing or damaged ({error}): make the shards again")
 
 
-def build_index(tar: Path, tokenizer: TextTokenizer) -> dict[str, int]:
-    """Make the index of any WebDataset tar of .txt and .npy members (PAX headers included).
+def read_index(path: Path) -> dict[str, np.ndarray]:
+    """All columns of an index that training uses, with sources and tokenizer, checked against each other.
 
-    For a tar of our own writer the files are byte for byte those the writer left. Returns samples, words
-    and tokens. Raises DataError on a tar that is missing, truncated or damaged, or holds a wrong member.
+    Raises DataError when they do not fit together.
     """
-    builder = IndexBuilder(tokenizer)
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            _locate(archive, tar, tokenizer, builder)
-    except tarfile.TarError as error:
-        raise DataError(f"{tar.name} is not a whole tar ({error}): get the file again") from None
-    except OSError as error:
-        raise DataError(f"{tar}: {error.strerror or error}") from None
-    return builder.write(tar)
+    columns = load_columns(path, (*COLUMNS, "header", "tokenizer", "sources"))
+    header = columns["header"]
+    if header.shape != (6,) or header.dtype != np.int64 or header[0] != FORMAT or header[4] != VECTOR_SIZE:
+        raise DataError(f"index {path} has another format: make the shards again")
+    samples, tokens = int(header[2]), int(header[3])
+    if header[5] not in (2, 4) or (header < 0).any():
+        raise _damaged(path, "header is out of range")
+    for name, kind in PER_SAMPLE.items():
+        if columns[name].dtype != np.dtype(kind) or columns[name].shape != (samples,):
+            raise _damaged(path, f"{name} is {columns[name].dtype} {columns[name].shape}")
+    offsets = columns["token_offsets"]
+    if offsets.dtype != np.int64 or offsets.shape != (samples + 1,) or offsets[0] != 0 or offsets[-1] != tokens:
+        raise _damaged(path, "token_offsets do not fit the header")
+    sources = columns["sources"]
+    if (np.diff(offsets) < 0).any() or sources.dtype.kind != "S" or sources.ndim != 1:
+        raise _damaged(path, "token_offsets or sources are out of range")
+    if samples and int(columns["source"].max()) >= len(sources):
+        raise _damaged(path, "source is out of range")
+    for what in ("text", "vector"):
+        start, size = columns[f"{what}_offset"], columns[f"{what}_size"]
+        if (size < 0).any() or (start < -(what == "vector")).any() or (start + size > header[1]).any():
+            raise _damaged(path, f"{what}_offset lies outside of the tar")
+    if not _vectors_fit(columns):
+        raise _damaged(path, "vector_kind does not fit vector_size")
+    return columns
 
 
-def load_array(directory: Path, name: str, mapped: bool = False) -> np.ndarray:
-    """One array of an index; raises DataError when it is missing or damaged."""
-    path = directory / f"{name}.npy"
-    try:
-        return np.load(path, mmap_mode="r" if mapped and path.stat().st_size else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"index {directory.name}/{name}.npy is missing or damaged ({error}): make the shards again"
-        ) from None
+def _vectors_fit(columns: dict[str, np.ndarray]) -> bool:
+    kind, size = columns["vector_kind"], columns["vector_size"]
+    wanted = np.select([kind == k for k in (NO_VECTOR, *RAW_DTYPES)], [0, 2 * VECTOR_SIZE, 4 * VECTOR_SIZE], -1)
+    raw = wanted >= 0
+    return bool((kind <= ENCODED_VECTOR).all() and (size[raw] == wanted[raw]).all())
+
+
+class _FileSlices:
+    """A region of a file, read by slicing: what a map would be, but safe where another machine may shrink the file."""
+
+    def __init__(self, descriptor: int, start: int) -> None:
+        self._descriptor, self._start = descriptor, start
+
+    def __getitem__(self, where: slice) -> bytes:
+        return os.pread(self._descriptor, where.stop - where.start, self._start + where.start)
+
+
+def _is_shared(path: Path) -> bool:
+    """Whether a file lies on a file system that other machines write to."""
+    resolved = str(path.resolve())
+    mounts = [m for m in psutil.disk_partitions(all=True) if resolved.startswith(m.mountpoint.rstrip("/") + "/")]
+    kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else ""
+    return kind.startswith(SHARED_FILE_SYSTEMS)
 
 
 class ShardReader:
-    """One open shard: small columns in memory, the tar, tokens and word starts mapped."""
+    """One open shard: columns in memory; the tar, tokens and word starts as bytes to be sliced.
 
-    def __init__(self, tar: Path, tokenizer_hash: str | None = None) -> None:
+    data, token_bytes and word_start_bytes yield bytes for [start:stop]: a map of the file, or reads at offsets where
+    the file system is shared. All is closed when the reader is no longer used.
+    """
+
+    def __init__(self, tar: Path, tokenizer_hash: str | None = None, index: Path | None = None) -> None:
         """Open by the index; raises DataError when tar and index do not belong together."""
-        self.tar = tar
-        directory = index_path(tar)
-        self._directory = directory
-        check_header(tar, tokenizer_hash)
-        columns = {name: load_array(directory, name) for name in (*PER_SAMPLE, "token_offsets")}
-        self.columns = columns
-        self.image_id, self.words, self.token_offsets = (
-            columns["image_id"],
-            columns["words"],
-            columns["token_offsets"],
-        )
-        self.tokens = load_array(directory, "tokens", mapped=True)
-        self.word_starts = load_array(directory, "word_starts", mapped=True)
-        with tar.open("rb") as stream:
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self.tar, self.index = tar, index_path(tar) if index is None else index
+        self.columns = read_index(self.index)
+        header = self.columns["header"]
+        _check_owner(tar, self.index, header, self.columns["tokenizer"], tokenizer_hash)
+        self.sources = [name.decode("utf-8", "replace") for name in self.columns["sources"].tolist()]
+        self.token_dtype = np.dtype(f"<u{int(header[5])}")
+        count = int(header[3])
+        tokens, starts = _places(self.index, {"tokens": (self.token_dtype, count), "word_starts": (np.uint8, count)})
+        shared = _is_shared(tar) or _is_shared(self.index)
+        self.data = _slices(self, tar, 0, int(header[1]), shared)
+        self.token_bytes = _slices(self, self.index, tokens, count * self.token_dtype.itemsize, shared)
+        self.word_start_bytes = _slices(self, self.index, starts, count, shared)
 
     def __len__(self) -> int:
-        return len(self.words)
+        return len(self.columns["words"])
 
     def key(self, sample: int) -> str:
         """The key of a sample of this shard."""
-        return load_array(self._directory, "keys", mapped=True)[sample].decode("utf-8")
+        return load_columns(self.index, ["keys"])["keys"][sample].decode("utf-8", "replace")
+
+    def payloads(self, sample: int) -> tuple[bytes, bytes]:
+        """The bytes of a sample's text and of its vector as they stand in the tar."""
+        parts = []
+        for what in ("text", "vector"):
+            start = int(self.columns[f"{what}_offset"][sample])
+            parts.append(bytes(self.data[start : start + int(self.columns[f"{what}_size"][sample])]))
+        return parts[0], parts[1]
 
     def text(self, sample: int) -> str:
         """The text of a sample, read from the tar."""
-        start = int(self.columns["text_offset"][sample])
-        return self._map[start : start + int(self.columns["text_size"][sample])].decode("utf-8")
+        return parse_text(self.payloads(sample)[0], int(self.columns["text_kind"][sample]), self.tar.name)
 
     def sample_tokens(self, sample: int) -> np.ndarray:
-        """The token ids of a sample, without specials (a view of the map)."""
-        return self.tokens[self.token_offsets[sample] : self.token_offsets[sample + 1]]
+        """The token ids of a sample, without specials."""
+        low, high = (int(at) * self.token_dtype.itemsize for at in self.columns["token_offsets"][sample : sample + 2])
+        return np.frombuffer(self.token_bytes[low:high], self.token_dtype)
 
     def sample_word_starts(self, sample: int) -> np.ndarray:
         """uint8: the words that begin in each token of a sample."""
-        return self.word_starts[self.token_offsets[sample] : self.token_offsets[sample + 1]]
+        low, high = self.columns["token_offsets"][sample : sample + 2].tolist()
+        return np.frombuffer(self.word_start_bytes[low:high], np.uint8)
 
-    def copy_vector(self, sample: int, out: np.ndarray) -> bool:
-        """Write the vector of a sample into `out` float32 [V]; False when it has none."""
-        start, itemsize = int(self.columns["vector_offset"][sample]), self.columns["vector_bytes"][sample]
-        if start < 0:
-            return False
-        kind = "<f2" if itemsize == 2 else "<f4"
-        out[:] = np.frombuffer(self._map, dtype=kind, count=VECTOR_SIZE, offset=start)
-        return True
+    def vector(self, sample: int) -> np.ndarray | None:
+        """The vector of a sample, float32 [V]; None when it has none."""
+        kind = int(self.columns["vector_kind"][sample])
+        if kind == NO_VECTOR:
+            return None
+        data = self.payloads(sample)[1]
+        if kind in RAW_DTYPES:
+            return np.frombuffer(data, RAW_DTYPES[kind]).astype(np.float32)
+        return decode_vector(data, f"{self.tar.name}: {self.key(sample)}")
 
     def damaged(self) -> np.ndarray:
-        """int64: the samples whose bytes in the tar no longer give their crc32.
-
-        Raises DataError when the index itself is damaged (its arrays' crc32 does not hold).
-        """
-        arrays = {name: load_array(self._directory, name) for name in ARRAYS}
-        if arrays_crc(arrays) != int(load_array(self._directory, "header")[6]):
-            raise DataError(f"index {self._directory.name} is damaged: make the shards again")
-        columns = self.columns
+        """int64: the samples whose bytes in the tar no longer give their crc32."""
+        data, columns = self.data, self.columns
+        names = ("text_offset", "text_size", "vector_offset", "vector_size", "crc32")
         bad = []
-        view = memoryview(self._map)
-        table = zip(
-            columns["text_offset"].tolist(),
-            columns["text_size"].tolist(),
-            columns["vector_offset"].tolist(),
-            columns["vector_bytes"].tolist(),
-            columns["crc32"].tolist(),
-            strict=True,
-        )
-        for sample, (text, size, vector, itemsize, expected) in enumerate(table):
-            crc = zlib.crc32(view[text : text + size])
-            if vector >= 0:
-                crc = zlib.crc32(view[vector : vector + VECTOR_SIZE * itemsize], crc)
+        for sample, row in enumerate(zip(*(columns[name].tolist() for name in names), strict=True)):
+            text, text_size, vector, vector_size, expected = row
+            crc = zlib.crc32(data[text : text + text_size])
+            if vector_size:
+                crc = zlib.crc32(data[vector : vector + vector_size], crc)
             if crc != expected:
                 bad.append(sample)
         return np.array(bad, dtype=np.int64)
 
 
-def check_header(tar: Path, tokenizer_hash: str | None = None) -> None:
+def _slices(owner: ShardReader, path: Path, start: int, size: int, shared: bool) -> memoryview | _FileSlices:
+    """Bytes start : start + size of a file, closed with `owner`. Raises DataError when the file is shorter."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}: get it again") from None
+    if os.fstat(descriptor).st_size < start + size:
+        os.close(descriptor)
+        raise DataError(f"{path} is truncated: get it again")
+    if shared:
+        weakref.finalize(owner, os.close, descriptor)
+        return _FileSlices(descriptor, start)
+    try:
+        if size == 0:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(descriptor, start + size, access=mmap.ACCESS_READ))[start:]
+    finally:
+        os.close(descriptor)  # the map keeps one of its own
+
+
+def _places(index: Path, wanted: dict[str, tuple[object, int]]) -> list[int]:
+    """Where the values of stored arrays begin in an index. Raises DataError unless each has the dtype and length."""
+    places = []
+    try:
+        with zipfile.ZipFile(index) as archive, index.open("rb") as stream:
+            for name, (dtype, count) in wanted.items():
+                info = archive.getinfo(f"{name}.npy")
+                with archive.open(info) as member:
+                    version = np.lib.format.read_magic(member)
+                    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                    shape, _, found = reader[version](member)
+                    header_bytes = member.tell()
+                if info.compress_type != zipfile.ZIP_STORED or shape != (count,) or found != dtype:
+                    raise _damaged(index, f"{name} is {found} {shape}, not stored {dtype} ({count},)")
+                stream.seek(info.header_offset + 26)
+                name_bytes, extra_bytes = np.frombuffer(stream.read(4), "<u2").tolist()
+                places.append(info.header_offset + 30 + name_bytes + extra_bytes + header_bytes)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise _damaged(index, error) from None
+    return places
+
+
+def parse_text(data: bytes, kind: int, where: str) -> str:
+    """The text of a member's bytes; raises DataError when it is not UTF-8, or JSON without a text."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 (byte {error.start})") from None
+    if kind == PLAIN_TEXT:
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error})") from None
+    fields = value if isinstance(value, dict) else {"text": value}
+    for name in TEXT_FIELDS:
+        if isinstance(fields.get(name), str):
+            return fields[name]
+    raise DataError(f"{where} holds no text: expected a string in {' or '.join(TEXT_FIELDS)}, found {sorted(fields)}")
+
+
+def decode_vector(data: bytes, where: str) -> np.ndarray:
+    """float32 [V] of the bytes of an .npy or .npz; raises DataError when it holds anything else. Unpickles nothing."""
+    try:
+        value = np.load(io.BytesIO(data), allow_pickle=False)
+        if isinstance(value, np.lib.npyio.NpzFile):
+            with value:
+                arrays = [value[name] for name in value.files]
+            value = arrays[0] if len(arrays) == 1 else np.zeros(0)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise DataError(f"{where}: the vector is no .npy or .npz array ({error})") from None
+    if value.dtype.kind != "f" or value.size != VECTOR_SIZE:
+        raise DataError(f"{where}: expected one vector of {VECTOR_SIZE} floats, found {value.dtype} {value.shape}")
+    return value.reshape(VECTOR_SIZE).astype(np.float32)
+
+
+def check_header(tar: Path, tokenizer_hash: str | None = None, index: Path | None = None) -> None:
     """Check cheaply that `tar` and its index are there and belong together and to the tokenizer.
 
     Raises DataError naming the file and the numbers otherwise.
     """
-    header = load_array(index_path(tar), "header")
-    if header.shape != (7,) or header[0] != FORMAT or header[4] != VECTOR_SIZE:
-        raise DataError(f"index {index_path(tar).name} has another format: make the shards again")
+    index = index_path(tar) if index is None else index
+    found = load_columns(index, ("header", "tokenizer"))
+    if found["header"].shape != (6,) or found["header"][0] != FORMAT:
+        raise DataError(f"index {index} has another format: make the shards again")
+    _check_owner(tar, index, found["header"], found["tokenizer"], tokenizer_hash)
+
+
+def _check_owner(tar: Path, index: Path, header: np.ndarray, tokenizer: np.ndarray, wanted: str | None) -> None:
     try:
         size = tar.stat().st_size
     except OSError as error:
-        raise DataError(f"shard {tar}: {error.strerror}: make the shards again") from None
+        raise DataError(f"shard {tar}: {error.strerror}: get it again") from None
     if size != header[1]:
         raise DataError(
-            f"shard {tar.name} is truncated or changed: {size} bytes, its index says {int(header[1])}: "
-            "make the shards again"
+            f"shard {tar} is truncated or changed: {size} bytes, its index says {int(header[1])}: make the shards again"
         )
-    stored = load_array(index_path(tar), "tokenizer").item().decode("ascii", "replace")
-    if tokenizer_hash is not None and stored != tokenizer_hash:
-        raise DataError(f"index {index_path(tar).name} is of another tokenizer: make the shards again")
+    stored = tokenizer.item().decode("ascii", "replace") if tokenizer.dtype.kind == "S" and tokenizer.size == 1 else ""
+    if wanted is not None and stored != wanted:
+        raise DataError(f"index {index} is of another tokenizer: make the shards again")

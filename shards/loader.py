@@ -14,14 +14,18 @@ from typing import Literal
 
 import numpy as np
 
-from shards.dataset import ShardSet, Split
-from shards.order import GlobalBatchPlan, Order, PhaseSpec, chunk_rows
+from shards.corpus import PAIRS, RowPlan, chunk_rows
+from shards.dataset import Readers, ShardSet
+from shards.order import Order, PhaseSpec
 from shards.record import DataError
 from shards.rows import Rows, build_rows
+from shards.streams import Shape
 
-__all__ = ["Loader", "LoaderState", "PhaseSpec", "Rows", "ShardSet", "ValidationSet"]
+__all__ = ["Loader", "LoaderState", "PhaseSpec", "Rows", "Shape", "ShardSet", "ValidationSet"]
 
 PHASE_SHIFT = 40
+CANDIDATES = 4  # validation samples are chosen among so many times their number
+HELD_WINDOWS = 4  # the one that is read, the one after, and those that rows waited in
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,66 @@ class LoaderState:
 
     phase: int
     position: int
+
+
+@dataclass(frozen=True)
+class RankSlice:
+    """A rank's share of a global batch, by micro-batches.
+
+    Without partitions micro-batch k of rank r holds rows (k * world + r) * micro_batch onwards, so that neighbouring
+    ranks hold neighbouring rows. With partitions a rank's rows are one run, so that they come from its node's shards.
+    """
+
+    rank: int
+    world: int
+    micro_batch: int
+
+    def firsts(self, shape: Shape) -> list[int]:
+        """The first row of each micro-batch. Raises ValueError naming the numbers that do not fit."""
+        together = self.micro_batch * self.world
+        if self.micro_batch < 1 or self.world < 1 or shape.global_batch % together:
+            raise ValueError(
+                f"global_batch {shape.global_batch} must be a multiple of micro_batch {self.micro_batch} x "
+                f"world {self.world}"
+            )
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank must be from 0 to {self.world - 1}, got {self.rank}")
+        if shape.partitions == 1:
+            return list(range(self.rank * self.micro_batch, shape.global_batch, together))
+        share = shape.global_batch // self.world
+        return list(range(self.rank * share, (self.rank + 1) * share, self.micro_batch))
+
+
+class Ahead:
+    """A thread that opens shards before they are needed; what fails is tried again by who needs it."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+        self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._asked: set[int] = set()
+        self._thread = threading.Thread(target=self._open, name="ahead", daemon=True)
+        self._thread.start()
+
+    def want(self, shards: list[int]) -> None:
+        """Ask for the shards of the windows that are read now and next."""
+        for shard in shards:
+            if shard not in self._asked:
+                self._wanted.put(shard)
+        self._asked = set(shards)
+
+    def close(self) -> None:
+        """End the thread after the shard it is at."""
+        self._asked = set()
+        self._wanted.put(None)
+        self._thread.join()
+
+    def _open(self) -> None:
+        while (shard := self._wanted.get()) is not None:
+            if shard in self._asked:
+                try:
+                    self._readers.get(shard)
+                except DataError:
+                    continue
 
 
 class Loader:
@@ -41,31 +105,26 @@ class Loader:
         phases: Sequence[PhaseSpec],
         *,
         seed: int,
-        global_batch: int,
+        shape: Shape,
         micro_batch: int,
-        row_tokens: int,
         rank: int,
         world: int,
         state: LoaderState = LoaderState(0, 0),
         prefetch: int = 2,
+        pack_captions: bool = False,
     ) -> None:
         """Raises ValueError naming the numbers that do not fit."""
-        if micro_batch < 1 or world < 1 or global_batch < 1 or global_batch % (micro_batch * world):
-            raise ValueError(
-                f"global_batch {global_batch} must be a multiple of micro_batch {micro_batch} x world {world}"
-            )
-        if not 0 <= rank < world:
-            raise ValueError(f"rank must be from 0 to {world - 1}, got {rank}")
-        self._split = Split(shards, "train")
+        self._firsts = RankSlice(rank, world, micro_batch).firsts(shape)
+        self._micro_batch, self._prefetch, self._state = micro_batch, prefetch, state
         self._readers = shards.readers
-        self.order = Order(self._split.lengths, phases, seed=seed, global_batch=global_batch, row_tokens=row_tokens)
+        self.order = Order(shards.corpus("train"), phases, seed=seed, shape=shape, pack_captions=pack_captions)
         self._phases = len(phases)
         if not 0 <= state.phase <= self._phases or state.position < 0:
             raise ValueError(f"{state} lies outside of the {self._phases} phases")
         if state.phase < self._phases and state.position > self.order.steps(state.phase):
             raise ValueError(f"{state} lies past the phase's {self.order.steps(state.phase)} steps")
-        self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._rank, self._world, self._state, self._prefetch = rank, world, state, prefetch
+        own = -(-shape.partitions // world)  # the partitions that this rank reads
+        self._readers.keep(HELD_WINDOWS * shape.window_shards * own * max(len(p.mix) for p in phases))
         self._wait_seconds = 0.0
 
     @property
@@ -75,21 +134,18 @@ class Loader:
 
     @property
     def damaged(self) -> list[tuple[str, str]]:
-        """(shard, key) of the damaged samples met so far."""
+        """(shard, key) of the damaged samples in the shards opened so far."""
         return list(self._readers.damaged)
 
     def step_rows(self, state: LoaderState) -> list[Rows]:
-        """This rank's micro-batches of one optimizer step.
-
-        Micro-batch k of rank r holds rows (k * world + r) * micro_batch onwards of the global batch.
-        """
-        plan = self.order.batch(state.phase, state.position)
-        base = (state.phase << PHASE_SHIFT) | (state.position * self._global_batch)
-        stride = self._world * self._micro_batch
-        return [
-            build_rows(self._split, plan, first + self._rank * self._micro_batch, self._micro_batch, base)
-            for first in range(0, self._global_batch, stride)
+        """This rank's micro-batches of one optimizer step. Raises DataError where data is missing or too damaged."""
+        base = (state.phase << PHASE_SHIFT) | (state.position * self.order.shape.global_batch)
+        plans = [self.order.plan(state.phase, state.position, first, self._micro_batch) for first in self._firsts]
+        rows = [
+            build_rows(self._readers.get, plan, base + first) for first, plan in zip(self._firsts, plans, strict=True)
         ]
+        self._readers.check_damage()
+        return rows
 
     def _states(self) -> Iterator[LoaderState]:
         for phase in range(self._state.phase, self._phases):
@@ -97,11 +153,13 @@ class Loader:
             for position in range(start, self.order.steps(phase)):
                 yield LoaderState(phase, position)
 
-    def _produce(self, items: queue.Queue, stop: threading.Event) -> None:
+    def _produce(self, items: queue.Queue, stop: threading.Event, ahead: Ahead) -> None:
         """The prefetch thread: puts (state, rows), then None; or the exception that ended it."""
         last: object = None
+        first, count = self._firsts[0], self._firsts[-1] + self._micro_batch - self._firsts[0]
         try:
             for state in self._states():
+                ahead.want(self.order.ahead(state.phase, state.position, first, count))
                 item = (state, self.step_rows(state))
                 if not _put(items, item, stop):
                     return
@@ -113,7 +171,8 @@ class Loader:
         """Yield (the state before the step, this rank's micro-batches) for each step that is left."""
         items: queue.Queue = queue.Queue(maxsize=max(1, self._prefetch))
         stop = threading.Event()
-        thread = threading.Thread(target=self._produce, args=(items, stop), name="prefetch", daemon=True)
+        ahead = Ahead(self._readers)
+        thread = threading.Thread(target=self._produce, args=(items, stop, ahead), name="prefetch", daemon=True)
         thread.start()
         try:
             while True:
@@ -127,6 +186,7 @@ class Loader:
                 yield item
         finally:
             stop.set()
+            ahead.close()
             thread.join()
 
 
@@ -164,35 +224,29 @@ class ValidationSet:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if row_tokens < 2 or not 0 <= rank < world:
             raise ValueError(f"row_tokens must be >= 2 and 0 <= rank < world, got {row_tokens}, {rank}, {world}")
-        self._split = Split(shards, "validation", modality)
-        self._modality, self._micro_batch, self._rank, self._world = modality, micro_batch, rank, world
-        whole = np.setdiff1d(np.arange(len(self._split)), self._split.damaged())
-        if not len(whole):
+        self._readers, self._modality = shards.readers, modality
+        self._micro_batch, self._rank, self._world = micro_batch, rank, world
+        candidates = _candidates(shards, modality, CANDIDATES * max_samples)
+        if not len(candidates.shard):
             raise DataError(
                 f"the validation split holds no {modality}: make the shards with a larger --validation-fraction"
             )
-        rank_of = _mixed(self._split.column("crc32")[whole])
-        chosen = np.sort(whole[np.lexsort((whole, rank_of))[:max_samples]])
-        self._ids = self._split.column("image_id")
-        positions = self._split.lengths.tokens[chosen].astype(np.int64) + 1
-        by_length = np.argsort(positions, kind="stable")
-        self._samples = chosen[by_length]
-        record, starts, lengths = chunk_rows(positions[by_length], row_tokens)
+        by_hash = np.lexsort((candidates.sample, candidates.shard, _mixed(candidates.crc32)))[:max_samples]
+        by_place = by_hash[np.lexsort((candidates.sample[by_hash], candidates.shard[by_hash]))]
+        by_length = by_place[np.argsort(candidates.positions[by_place], kind="stable")]
+        self._chosen = candidates.take(by_length)
+        record, starts, lengths = chunk_rows(self._chosen.positions, row_tokens)
         order = np.argsort(lengths, kind="stable")
-        self._row_samples, self._starts, self._lengths = (
-            self._samples[record][order],
-            starts[order],
-            lengths[order],
-        )
+        self._record, self._starts, self._lengths = record[order], starts[order], lengths[order]
 
     def __len__(self) -> int:
         """Micro-batches of this rank, the same number on every rank."""
-        return -(-len(self._row_samples) // (self._micro_batch * self._world))
+        return -(-len(self._record) // (self._micro_batch * self._world))
 
     @property
     def samples(self) -> int:
         """How many samples were chosen."""
-        return len(self._samples)
+        return len(self._chosen.shard)
 
     def batches(self, vision: Literal["right", "permuted"] = "right") -> Iterator[Rows]:
         """Yield this rank's micro-batches.
@@ -203,41 +257,71 @@ class ValidationSet:
         """
         partner = self._permutation() if vision == "permuted" else None
         group = self._micro_batch * self._world
-        for start in range(0, len(self._row_samples), group):
-            here = slice(start, start + group)
-            lengths = self._lengths[here]
-            offsets = np.minimum(np.arange(group + 1), len(lengths))
-            plan = GlobalBatchPlan(
-                self._modality,
-                "validation",
-                int(lengths.max()),
-                offsets,
-                self._row_samples[here],
-                self._starts[here],
-                lengths,
-            )
-            first = self._rank * self._micro_batch
-            rows = build_rows(self._split, plan, first, self._micro_batch, start)
+        for start in range(0, len(self._record), group):
+            longest = int(self._lengths[start : start + group].max())
+            first = start + self._rank * self._micro_batch
+            here = slice(first, first + self._micro_batch)
+            record = self._record[here]
+            offsets = np.minimum(np.arange(self._micro_batch + 1), len(record))
+            columns = (self._chosen.shard[record], self._chosen.sample[record], self._starts[here], self._lengths[here])
+            plan = RowPlan(self._modality, "validation", False, longest, offsets, *columns)
+            rows = build_rows(self._readers.get, plan, first)
             if partner is not None:
                 for row in np.flatnonzero(rows.valid).tolist():
-                    other = partner[int(plan.samples[plan.row_offsets[first + row]])]
-                    reader, local, _ = self._split.reader(other)
-                    reader.copy_vector(local, rows.vision[row])
+                    other = int(partner[record[row]])
+                    opened = self._readers.get(int(self._chosen.shard[other]))
+                    rows.vision[row] = opened.reader.vector(int(self._chosen.sample[other]))
             yield rows
 
-    def _permutation(self) -> dict[int, int]:
-        """sample -> the sample whose vector it gets: sorted by image id, rotated by the largest group."""
-        if self._modality != "pairs":
+    def _permutation(self) -> np.ndarray:
+        """int64: for each chosen sample the one whose vector it gets: by image id, rotated by the largest group."""
+        if self._modality != PAIRS:
             raise DataError("permuted vision needs pairs: text has no vectors")
-        ids = self._ids[self._samples]
-        order = self._samples[np.argsort(ids, kind="stable")]
+        ids = self._chosen.image_id
+        order = np.argsort(ids, kind="stable")
         most = int(np.unique(ids, return_counts=True)[1].max())
         if 2 * most > len(order):
             raise DataError(
                 f"vision cannot be permuted: one image has {most} of the {len(order)} validation captions, more "
                 "than half: use more validation samples"
             )
-        return dict(zip(order.tolist(), np.roll(order, -most).tolist(), strict=True))
+        partner = np.empty_like(order)
+        partner[order] = np.roll(order, -most)
+        return partner
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Samples by shard and number in it, with their positions, content hash and image, each [n]."""
+
+    shard: np.ndarray
+    sample: np.ndarray
+    positions: np.ndarray
+    crc32: np.ndarray
+    image_id: np.ndarray
+
+    def take(self, which: np.ndarray) -> _Samples:
+        return _Samples(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+
+def _candidates(shards: ShardSet, modality: str, enough: int) -> _Samples:
+    """Whole samples of validation shards in a fixed mixed order, until there are `enough`: not every shard is read."""
+    entries = shards.manifest["shards"]
+    fits = [i for i, e in enumerate(entries) if e["split"] == "validation" and e["modality"] == modality]
+    parts: list[tuple[np.ndarray, ...]] = [(np.zeros(0, np.int64),) * 5]
+    held = 0
+    for at in np.argsort(_mixed(np.array(fits, np.uint64)), kind="stable").tolist():
+        if held >= enough:
+            break
+        opened = shards.readers.get(fits[at])
+        columns = opened.reader.columns
+        whole = np.setdiff1d(np.arange(len(opened.reader)), sorted(opened.damaged)).astype(np.int64)
+        positions = np.diff(columns["token_offsets"])[whole] + 1
+        part = np.full(len(whole), fits[at]), whole, positions, columns["crc32"][whole], columns["image_id"][whole]
+        parts.append(part)
+        held += len(whole)
+    shards.readers.check_damage()
+    return _Samples(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

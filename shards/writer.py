@@ -17,9 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shards.index import IndexBuilder, Members, index_path
+import numpy as np
+
+from shards.index import NO_VECTOR, PLAIN_TEXT, RAW_DTYPES, Counted, IndexBuilder, Members, index_path
 from shards.record import (
+    BLOCK_BYTES,
     VECTOR_DTYPES,
+    VECTOR_SIZE,
     DataError,
     Sample,
     npy_header,
@@ -29,8 +33,11 @@ from shards.record import (
 )
 from shards.tokenizer import TextTokenizer
 
-FORMAT = "bitmar-shards/1"
-MANIFEST, TOKENIZER, REJECTED = "manifest.json", "tokenizer.json", "rejected.jsonl"
+FORMAT = "bitmar-shards/2"
+MANIFEST, TOKENIZER, REJECTED, LENGTHS = "manifest.json", "tokenizer.json", "rejected.jsonl", "lengths.npy"
+SPLITS = ("train", "validation")
+MODALITIES = ("pairs", "text")
+COUNTS = ("samples", "words", "tokens")
 RECORD_BYTES = 10_240
 
 
@@ -70,86 +77,140 @@ class Options:
             raise DataError("--tokenizer and --vocab-size exclude each other: the file has its own size")
 
 
+@dataclass(frozen=True)
+class Labels:
+    """What a shard holds, as its name and its manifest entry say."""
+
+    source: str
+    modality: str
+    split: str
+    number: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.source}-{self.split}-{self.number:05d}.tar"
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A finished shard: its manifest entry, and int64 [M, 3] (source in sorted order, tokens, samples)."""
+
+    entry: dict[str, Any]
+    lengths: np.ndarray
+
+
 class ShardWriter:
-    """Writes the samples of one source and split into shards of at most `samples_per_shard`."""
+    """Writes one shard and its index."""
 
-    def __init__(self, directory: Path, labels: dict[str, str], tokenizer: TextTokenizer, options: Options) -> None:
-        """`labels`: source, modality and split, as they stand in the manifest."""
-        self._directory, self._labels, self._tokenizer = directory, labels, tokenizer
-        self._limit = options.samples_per_shard
-        self._dtype = VECTOR_DTYPES[options.vector_dtype]
+    def __init__(self, directory: Path, labels: Labels, tokenizer: TextTokenizer, vector_dtype: str) -> None:
+        self._path, self._labels = directory / labels.file, labels
+        self._dtype = VECTOR_DTYPES[vector_dtype]
+        self._kind = next(kind for kind, dtype in RAW_DTYPES.items() if dtype == self._dtype)
         self._npy_header_bytes = len(npy_header(self._dtype))
-        self._builder: IndexBuilder | None = None
-        self.entries: list[dict[str, Any]] = []
-
-    def add(self, samples: Sequence[Sample], ids: Sequence[int]) -> None:
-        """Append samples (`ids`: their image ids, 0 for text)."""
-        done = 0
-        while done < len(samples):
-            if self._builder is None:
-                self._open()
-            assert self._builder is not None  # _open made it
-            take = min(len(samples) - done, self._limit - len(self._builder))
-            self._append(samples[done : done + take], ids[done : done + take], self._builder)
-            done += take
-            if len(self._builder) == self._limit:
-                self.close()
-
-    def close(self) -> None:
-        """Finish the open shard, if there is one: tar trailer, index, manifest entry."""
-        if self._builder is None:
-            return
-        end = -(-(self._bytes + 1024) // RECORD_BYTES) * RECORD_BYTES
-        self._write(bytes(end - self._bytes))
-        self._stream.close()
-        counts = self._builder.write(self._path)
-        self.entries.append(
-            {
-                "file": self._path.name,
-                "index": index_path(self._path).name,
-                "bytes": self._bytes,
-                "sha256": self._sha.hexdigest(),
-                **counts,
-                **self._labels,
-            }
-        )
-        self._builder = None
-
-    def _open(self) -> None:
-        name = f"{self._labels['source']}-{self._labels['split']}-{len(self.entries):05d}.tar"
-        self._path = self._directory / name
+        self._builder = IndexBuilder(tokenizer)
         self._stream = self._path.open("wb")
         self._sha, self._bytes = hashlib.sha256(), 0
-        self._builder = IndexBuilder(self._tokenizer)
+
+    def __len__(self) -> int:
+        return len(self._builder)
+
+    def add(self, samples: Sequence[Sample], ids: Sequence[int]) -> None:
+        """Append samples with their image ids (0 for text)."""
+        pieces: list[bytes] = []
+        rows: list[tuple[int, ...]] = []
+        at = self._bytes
+        for sample, image_id in zip(samples, ids, strict=True):
+            (_, text), *vector = members = to_members(sample, self._dtype)
+            text_at, crc, place = at + BLOCK_BYTES, zlib.crc32(text), (-1, 0, NO_VECTOR)
+            for name, payload in members:
+                pieces += [tar_header(name, len(payload)), payload, padding(len(payload))]
+                at += BLOCK_BYTES + -(-len(payload) // BLOCK_BYTES) * BLOCK_BYTES
+            if vector:
+                raw = memoryview(vector[0][1])[self._npy_header_bytes :]
+                begin = at - -(-len(vector[0][1]) // BLOCK_BYTES) * BLOCK_BYTES + self._npy_header_bytes
+                place, crc = (begin, len(raw), self._kind), zlib.crc32(raw, crc)
+            rows.append((text_at, len(text), PLAIN_TEXT, *place, crc, image_id))
+        self._write(b"".join(pieces))
+        table = np.array(rows, np.int64).reshape(-1, len(_COLUMNS))
+        columns: dict[str, np.ndarray] = dict(zip(_COLUMNS, table.T, strict=True))
+        columns["source"] = np.zeros(len(samples), np.int64)
+        keys = [sample.key.encode("utf-8") for sample in samples]
+        self._builder.add(Members(keys, [sample.text for sample in samples], [self._labels.source], columns))
+
+    def close(self) -> WrittenShard | None:
+        """Finish the shard: tar trailer, index, entry. None, and no file, when it holds no sample."""
+        if not len(self._builder):
+            self._stream.close()
+            self._path.unlink()
+            return None
+        end = -(-(self._bytes + 2 * BLOCK_BYTES) // RECORD_BYTES) * RECORD_BYTES
+        self._write(bytes(end - self._bytes))
+        self._stream.close()
+        index = index_path(self._path)
+        counted = self._builder.write(index, self._bytes)
+        return describe(self._path, self._labels, counted, self._sha.hexdigest())
 
     def _write(self, data: bytes) -> None:
         self._stream.write(data)
         self._sha.update(data)
         self._bytes += len(data)
 
-    def _append(self, samples: Sequence[Sample], ids: Sequence[int], builder: IndexBuilder) -> None:
-        pieces: list[bytes] = []
-        rows: list[tuple[int, int, int, int, int]] = []
-        at = self._bytes
-        for sample in samples:
-            members = to_members(sample, self._dtype)
-            text = members[0][1]
-            crc, vector_at, vector_bytes = zlib.crc32(text), -1, 0
-            text_at = at + 512
-            for name, payload in members:
-                pieces += [tar_header(name, len(payload)), payload, padding(len(payload))]
-                at += 512 + -(-len(payload) // 512) * 512
-            if sample.vector is not None:
-                raw = members[1][1]
-                vector_at = at + self._npy_header_bytes - -(-len(raw) // 512) * 512
-                crc = zlib.crc32(memoryview(raw)[self._npy_header_bytes :], crc)
-                vector_bytes = self._dtype.itemsize
-            rows.append((text_at, len(text), vector_at, vector_bytes, crc))
-        self._write(b"".join(pieces))
-        names = ("text_offset", "text_size", "vector_offset", "vector_bytes", "crc32")
-        columns: dict[str, Sequence[int]] = dict(zip(names, zip(*rows, strict=True), strict=True))
-        columns["image_id"] = ids
-        builder.add(Members([s.key for s in samples], [s.text for s in samples], columns))
+
+_COLUMNS = ("text_offset", "text_size", "text_kind", "vector_offset", "vector_size", "vector_kind", "crc32", "image_id")
+
+
+def describe(tar: Path, labels: Labels, counted: Counted, sha256: str) -> WrittenShard:
+    """The manifest entry of a tar whose index lies beside it."""
+    index = index_path(tar)
+    return WrittenShard(
+        {
+            "file": tar.name,
+            "bytes": tar.stat().st_size,
+            "sha256": sha256,
+            "index": {"file": index.name, "bytes": index.stat().st_size, "sha256": file_sha256(index)},
+            **{name: counted.total(name) for name in COUNTS},
+            "modality": labels.modality,
+            "split": labels.split,
+            "sources": counted.sources,
+        },
+        counted.lengths,
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path, shards: Sequence[WrittenShard], about: dict[str, Any]) -> dict[str, Any]:
+    """Write `manifest.json` and `lengths.npy` of `shards`; `about`: the entries that do not follow from them."""
+    kinds = {name: shard.entry["modality"] for shard in shards for name in shard.entry["sources"]}
+    sources = [{"name": name, "modality": kinds[name]} for name in sorted(kinds)]
+    number = {source["name"]: at for at, source in enumerate(sources)}
+    rows = [np.zeros((0, 4), np.int64)]
+    totals = {split: dict.fromkeys((*COUNTS, "bytes"), 0) for split in SPLITS}
+    for at, shard in enumerate(shards):
+        place = np.array([number[name] for name in sorted(shard.entry["sources"])], np.int64)
+        source, tokens, samples = shard.lengths.T
+        rows.append(np.stack([np.full(len(source), at), place[source], tokens, samples], axis=1))
+        for name, value in totals[shard.entry["split"]].items():
+            totals[shard.entry["split"]][name] = value + shard.entry[name]
+    table = np.concatenate(rows)
+    table = table[np.lexsort(table.T[::-1])].astype("<i4")
+    path = directory / LENGTHS
+    np.save(path, table, allow_pickle=False)
+    manifest = {
+        "format": FORMAT,
+        **about,
+        "vector_size": VECTOR_SIZE,
+        "totals": totals,
+        "sources": sources,
+        "lengths": {"file": LENGTHS, "bytes": path.stat().st_size, "sha256": file_sha256(path)},
+        "shards": [shard.entry for shard in shards],
+    }
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
 
 
 @contextmanager
@@ -184,13 +245,81 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a shard directory; raises DataError when it is missing, damaged or foreign."""
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror}; make shards with tools/make_shards.py --raw RAW --out {directory}"
         ) from None
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}): make the shards again") from None
+    return parse_manifest(data, str(path))
+
+
+def parse_manifest(data: bytes, where: str) -> dict[str, Any]:
+    """A manifest that holds all it promises; raises DataError, which names `where`, for anything else."""
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is damaged ({error}): make the shards again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is not a manifest of format {FORMAT}: make the shards again")
+        raise DataError(f"{where} is not a manifest of format {FORMAT}: make the shards again")
+    problem = _fault(manifest, _SHAPE, "")
+    if problem is None:
+        known = {source["name"]: source["modality"] for source in manifest["sources"]}
+        for entry in manifest["shards"]:
+            odd = [name for name in entry["sources"] if known.get(name) != entry["modality"]]
+            if odd:
+                problem = f"shard {entry['file']} holds source {odd[0]!r}, which sources do not list"
+            for name in COUNTS:
+                if sum(part[name] for part in entry["sources"].values()) != entry[name]:
+                    problem = f"the {name} of shard {entry['file']} are not the sum over its sources"
+    if problem is not None:
+        raise DataError(f"{where} is damaged ({problem}): make the shards again")
     return manifest
+
+
+class _Name(str):
+    """In a shape: a plain file name."""
+
+
+_FILE = {"file": _Name(), "bytes": 0, "sha256": ""}
+_COUNTED = dict.fromkeys(COUNTS, 0)
+# what each value must look like: a type's example, one of several strings, [items], {"*": values of any key}
+_SHAPE: dict[str, Any] = {
+    "generated": False,
+    "fingerprint": "",
+    "tokenizer": {"file": _Name(), "sha256": "", "vocab_size": 0},
+    "vector_size": 0,
+    "totals": {split: {**_COUNTED, "bytes": 0} for split in SPLITS},
+    "sources": [{"name": "", "modality": MODALITIES}],
+    "lengths": _FILE,
+    "shards": [
+        {**_FILE, "index": _FILE, **_COUNTED, "modality": MODALITIES, "split": SPLITS, "sources": {"*": _COUNTED}}
+    ],
+}
+
+
+def _fault(value: Any, shape: Any, path: str) -> str | None:
+    """What does not fit a shape, None when all does."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{path or 'it'} is no object"
+        wanted = dict.fromkeys(value, shape["*"]) if "*" in shape else shape
+        for key, inner in wanted.items():
+            if key not in value:
+                return f"{path}{key} is missing"
+            if problem := _fault(value[key], inner, f"{path}{key}."):
+                return problem
+        return None
+    name = path.rstrip(".")
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{name} is no list"
+        return next((p for at, item in enumerate(value) if (p := _fault(item, shape[0], f"{name}[{at}]."))), None)
+    if isinstance(shape, tuple):
+        fits = isinstance(value, str) and value in shape
+        return None if fits else f"{name} is {value!r}, not one of {', '.join(shape)}"
+    plain = type(value) is (str if isinstance(shape, _Name) else type(shape))
+    if not plain or (type(value) is int and value < 0):
+        return f"{name} is {value!r}"
+    if isinstance(shape, _Name) and (not value or value.startswith(".") or not {"/", "\0"}.isdisjoint(value)):
+        return f"{name} {value!r} is no plain file name"
+    return None

@@ -38,7 +38,7 @@ from bitmar.evaluation.perplexity import score
 from bitmar.model.bitmar import BitMar, Outputs
 from bitmar.model.memory import MemoryState
 from shards.convert import convert
-from shards.loader import Loader, ShardSet, ValidationSet
+from shards.loader import Loader, Shape, ShardSet, ValidationSet
 from shards.order import PhaseSpec
 from shards.writer import Options
 from tools.machine import describe_machine
@@ -109,9 +109,8 @@ def stream(data: Data, seed: int) -> Iterator[tuple[int, Any]]:
         data.shards,
         phases,
         seed=seed,
-        global_batch=ROWS,
+        shape=Shape(ROWS, ROW_TOKENS),
         micro_batch=ROWS,
-        row_tokens=ROW_TOKENS,
         rank=0,
         world=1,
     )

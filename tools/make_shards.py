@@ -82,7 +82,8 @@ def summary(manifest: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if name in ("source", "split") else "right")
     sums: dict[tuple[str, str], list[int]] = {}
     for entry in manifest["shards"]:
-        line = sums.setdefault((entry["source"], entry["split"]), [0, 0, 0, 0])
+        (source,) = entry["sources"]
+        line = sums.setdefault((source, entry["split"]), [0, 0, 0, 0])
         for at, name in enumerate(("samples", "words", "tokens", "bytes")):
             line[at] += entry[name]
     told: set[str] = set()

@@ -37,6 +37,7 @@ from bitmar.model.memory import MemoryState
 FORMAT = 1
 FILE_BYTES = 512 * 2**20  # a parameter file is closed when it holds this much
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ORDER_KEYS = ("row_tokens", "window_shards", "partitions")  # of data: what the order follows from
 
 
 class CheckpointError(ValueError):
@@ -64,7 +65,7 @@ def identity(config: Config, tokenizer_hash: str, data_hash: str) -> dict[str, A
         "order": {
             "run.seed": config.run.seed,
             "training.global_batch": config.training.global_batch,
-            "data.row_tokens": config.data.row_tokens,
+            **{f"data.{name}": getattr(config.data, name) for name in ORDER_KEYS},
             "phases": [[p.name, p.mix, p.epochs, p.words, p.steps] for p in config.phases],
             "tokenizer": tokenizer_hash,
             "shards": data_hash,

@@ -9,7 +9,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,22 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's flag is set, the same on every rank."""
+        if self.size == 1:
+            return flag
+        box = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return bool(box.item())
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank (small picklable objects made by the trainer itself)."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def raise_together(self, problem: str | None, kind: type[Exception]) -> None:
         """Raise `kind(problem)` on every rank where rank 0 has a problem, so that none waits for a rank that left."""

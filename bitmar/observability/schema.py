@@ -81,7 +81,7 @@ SCHEMA: tuple[Metric, ...] = (
     Metric("Throughput/Step_Seconds", "s", _MEAN, _STEP, "time of an optimiser step"),
     Metric("Data/Wait_Seconds", "s", _MEAN, _STEP, "time a step waits for its batch"),
     Metric("Data/Padding_Efficiency", "fraction", _MEAN, _STEP, "real tokens / token slots"),
-    Metric("Data/Damaged_Samples", "samples", _MAX, _STEP, "damaged samples met and masked so far"),
+    Metric("Data/Damaged_Samples", "samples", _SAME, _STEP, "damaged samples met by any rank so far"),
     Metric("System/Memory_RSS", "bytes", _MAX, _STEP, "resident memory of the largest rank"),
     Metric("System/GPU_Memory_Allocated", "bytes", _MAX, _STEP, "now allocated; absent without a GPU"),
     Metric("System/GPU_Memory_Peak", "bytes", _MAX, _STEP, "peak of the run; absent without a GPU"),

@@ -23,6 +23,7 @@ ORDER = """
 shards.record
 shards.tokenizer
 shards.index
+shards.foreign
 shards.raw
 shards.writer
 shards.convert

@@ -11,7 +11,7 @@ import pytest
 
 from shards import convert as convert_module
 from shards.convert import in_validation
-from shards.index import index_path, load_array
+from shards.index import index_path, load_columns
 from shards.raw import open_raw
 from shards.record import DataError, image_ids
 from shards.tokenizer import TextTokenizer
@@ -35,7 +35,8 @@ def test_images_never_straddle_the_split(small_raw_dir: Path, small_dir: Path) -
     samples = 0
     for entry in manifest["shards"]:
         if entry["modality"] == "pairs":
-            ids[entry["split"]] |= set(load_array(index_path(small_dir / entry["file"]), "image_id").tolist())
+            found = load_columns(index_path(small_dir / entry["file"]), ["image_id"])
+            ids[entry["split"]] |= set(found["image_id"].tolist())
             samples += entry["samples"]
     assert not ids["train"] & ids["validation"]
     assert samples == sum(len(pairs) for pairs in open_raw(small_raw_dir).pairs)

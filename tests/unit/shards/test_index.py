@@ -5,21 +5,22 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from shards.index import ShardReader, build_index, check_header, index_path
+from shards.foreign import build_index
+from shards.index import ShardReader, check_header, index_path
 from shards.record import VECTOR_SIZE, DataError, image_id
 from shards.tokenizer import TextTokenizer
-from tests.unit.shards.making import tree
 
 
 def first_tar(directory: Path, pattern: str, to: Path) -> tuple[Path, TextTokenizer]:
     tar = sorted(directory.glob(pattern))[0]
     shutil.copy(tar, to)
-    shutil.copytree(index_path(tar), to / index_path(tar).name)
+    shutil.copy(index_path(tar), to)
     return to / tar.name, TextTokenizer(directory / "tokenizer.json")
 
 
@@ -30,7 +31,7 @@ def test_rebuilt_index_is_byte_identical(shard_dir: Path, tmp_path: Path) -> Non
             tar, tmp_path
         )
         build_index(tmp_path / tar.name, tokenizer)
-        assert tree(index_path(tmp_path / tar.name)) == tree(index_path(tar)), tar.name
+        assert index_path(tmp_path / tar.name).read_bytes() == index_path(tar).read_bytes(), tar.name
 
 
 def test_foreign_tar_with_pax_headers_folders_and_other_members(small_dir: Path, tmp_path: Path) -> None:
@@ -45,14 +46,15 @@ def test_foreign_tar_with_pax_headers_folders_and_other_members(small_dir: Path,
             archive.addfile(info, io.BytesIO(data))
         archive.addfile(tarfile.TarInfo("d/b.txt"), io.BytesIO())
     tokenizer = TextTokenizer(small_dir / "tokenizer.json")
-    assert build_index(tar, tokenizer)["samples"] == 2
+    assert build_index(tar, tokenizer).total("samples") == 2
     reader = ShardReader(tar, tokenizer.sha256)
-    out = np.zeros(VECTOR_SIZE, np.float32)
-    assert reader.copy_vector(0, out)
-    assert np.array_equal(out, vector[0])
-    assert not reader.copy_vector(1, out)
-    assert (reader.key(0), reader.text(0), reader.words.tolist()) == ("d/ü-1", "a b", [2, 0])
-    assert reader.image_id.tolist() == [image_id(vector), 0]
+    found = reader.vector(0)
+    assert found is not None
+    assert np.array_equal(found, vector[0])
+    assert reader.vector(1) is None
+    assert (reader.key(0), reader.text(0), reader.columns["words"].tolist()) == ("d/ü-1", "a b", [2, 0])
+    assert reader.columns["image_id"].tolist() == [image_id(vector), 0]
+    assert [reader.sources[i] for i in reader.columns["source"].tolist()] == ["ü", "foreign"]
     assert len(reader.damaged()) == 0
 
 
@@ -85,13 +87,74 @@ def test_damage_is_found_sample_by_sample_and_in_the_index(small_dir: Path, tmp_
     assert ShardReader(tar).damaged().tolist() == [3, 7]
     with pytest.raises(DataError, match="another tokenizer"):
         ShardReader(tar, "0" * 64)
-    tokens = index_path(tar) / "tokens.npy"
-    flipped = bytearray(tokens.read_bytes())
-    flipped[-1] ^= 1
-    tokens.write_bytes(bytes(flipped))
-    with pytest.raises(DataError, match="is damaged"):
-        ShardReader(tar).damaged()
-    tokens.write_bytes(bytes(flipped[:-100]))
-    with pytest.raises(DataError, match=r"tokens\.npy is missing or damaged"):
+    index = index_path(tar)
+    whole = index.read_bytes()
+    at = whole.find(b"words.npy") + 200
+    index.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(DataError, match="is missing or damaged"):
         ShardReader(tar)
-    assert build_index(tar, tokenizer)["samples"] == len(reader)
+    index.write_bytes(whole[:-100])
+    with pytest.raises(DataError, match="is missing or damaged"):
+        ShardReader(tar)
+    assert build_index(tar, tokenizer).total("samples") == len(reader)
+
+
+def webdataset_tar(tar: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A tar as others write it."""
+    with tarfile.open(tar, "w") as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return tar
+
+
+def saved(save: Callable[..., None], *arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, *arrays)
+    return buffer.getvalue()
+
+
+def test_every_kind_of_text_and_vector_is_read(small_dir: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    vectors = rng.standard_normal((6, VECTOR_SIZE)).astype("<f2").astype("<f4")
+    stored = {
+        "npy": [saved(np.save, vectors[0].astype("<f2")), saved(np.save, vectors[1]), saved(np.save, vectors[2] * 1.0)],
+        "npz": [saved(np.savez, vectors[3]), saved(np.savez_compressed, vectors[4])],
+    }
+    stored["npy"].append(saved(np.save, vectors[5].astype(">f4")))
+    texts = {"txt": b"a b", "caption": b"c d", "json": b'{"caption": "e f", "width": 3}'}
+    members, order = [], [("npy", 0), ("npy", 1), ("npy", 2), ("npz", 0), ("npz", 1), ("npy", 3)]
+    for at, (kind, number) in enumerate(order):
+        extension = list(texts)[at % 3]
+        members += [(f"x-{at}.{extension}", texts[extension]), (f"x-{at}.{kind}", stored[kind][number])]
+    tar = webdataset_tar(tmp_path / "theirs.tar", members)
+    tokenizer = TextTokenizer(small_dir / "tokenizer.json")
+    build_index(tar, tokenizer)
+    reader = ShardReader(tar, tokenizer.sha256)
+    assert reader.columns["vector_kind"].tolist() == [1, 2, 2, 2, 3, 3]
+    assert [reader.text(at) for at in range(6)] == ["a b", "c d", "e f"] * 2
+    for at in range(6):
+        assert np.array_equal(reader.vector(at), vectors[at])  # type: ignore[arg-type]
+    assert reader.columns["image_id"].tolist() == [image_id(vector) for vector in vectors]
+    assert not len(reader.damaged())
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("x-0.pth", b"\x80\x04.", "is a pickle, which can run code"),
+        ("x-0.npy", saved(np.save, np.zeros(3, "<f4")), "expected one vector of 768 floats"),
+        ("x-0.npy", saved(np.save, np.array([{}])), "Object arrays cannot be loaded"),
+        ("x-0.npz", b"PK nothing", "the vector is no .npy or .npz array"),
+        ("x-0.txt", b"twice", "occurs twice in its sample"),
+    ],
+)
+def test_members_that_cannot_be_used_are_named(
+    name: str, data: bytes, message: str, small_dir: Path, tmp_path: Path
+) -> None:
+    tar = webdataset_tar(tmp_path / "theirs.tar", [("x-0.txt", b"a"), (name, data)])
+    with pytest.raises(DataError, match=message) as refusal:
+        build_index(tar, TextTokenizer(small_dir / "tokenizer.json"))
+    assert tar.name in str(refusal.value)
+    assert not list(tmp_path.glob("*.npz*"))

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.loader import Loader, LoaderState, PhaseSpec, Rows, ShardSet, ValidationSet
+from shards.index import index_path, load_columns
+from shards.loader import Loader, LoaderState, PhaseSpec, Rows, Shape, ShardSet, ValidationSet
 from shards.raw import open_raw
 from shards.record import DataError, image_ids
 from shards.tokenizer import BOS, EOS, TextTokenizer
@@ -22,7 +23,9 @@ BOTH = [PhaseSpec("both", {"pairs": 1, "text": 1}, epochs=1)]
 
 def load(shards: ShardSet, phases: list[PhaseSpec] = BOTH, **settings: object) -> Loader:
     chosen = {"seed": 1, "global_batch": 8, "micro_batch": 8, "row_tokens": 32, "rank": 0, "world": 1, **settings}
-    return Loader(shards, phases, **chosen)  # type: ignore[arg-type]
+    names = ("global_batch", "row_tokens", "partitions", "window_shards")
+    shape = Shape(**{name: chosen.pop(name) for name in names if name in chosen})  # type: ignore[arg-type]
+    return Loader(shards, phases, shape=shape, **chosen)  # type: ignore[arg-type]
 
 
 def stacked(micro: list[Rows], name: str) -> np.ndarray:
@@ -31,7 +34,7 @@ def stacked(micro: list[Rows], name: str) -> np.ndarray:
 
 def test_pairs_hold_what_the_raw_files_hold(raw_dir: Path, shard_dir: Path) -> None:
     shards = ShardSet.open(shard_dir)
-    tokenizer = TextTokenizer(shards.tokenizer_path)
+    tokenizer = TextTokenizer(shard_dir / "tokenizer.json")
     known: dict[tuple[str, int], int] = {}
     vectors: dict[int, np.ndarray] = {}
     for pairs in open_raw(raw_dir).pairs:
@@ -165,7 +168,7 @@ def damaged_copy(small_dir: Path, to: Path, flips: list[tuple[str, str, int]]) -
     """A copy of the shards with one bit flipped in (tar, column, sample)."""
     shutil.copytree(small_dir, to)
     for tar, column, sample in flips:
-        at = int(np.load(to / tar.replace(".tar", ".index") / f"{column}.npy")[sample])
+        at = int(load_columns(index_path(to / tar), [column])[column][sample])
         data = bytearray((to / tar).read_bytes())
         data[at + 1] ^= 1
         (to / tar).write_bytes(bytes(data))
@@ -196,7 +199,7 @@ def test_damaged_text_is_masked_inside_its_rows(small_dir: Path, tmp_path: Path)
     loader = load(shards)
     lost = sum(int((rows.targets >= 0).sum()) for _, (rows,) in loader)
     whole = sum(int((rows.targets >= 0).sum()) for _, (rows,) in load(ShardSet.open(small_dir)))
-    offsets = np.load(small_dir / "childes-train-00000.index" / "token_offsets.npy")
+    offsets = load_columns(index_path(small_dir / "childes-train-00000.tar"), ["token_offsets"])["token_offsets"]
     assert whole - lost == offsets[1] + 1
     assert len(loader.damaged) == 1
 
@@ -230,15 +233,43 @@ def test_directories_that_are_not_whole(small_dir: Path, tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"flickr-train-00000\.tar: No such file"):
         ShardSet.open(copy)
     shutil.copy(small_dir / tar.name, tar)
-    shutil.rmtree(copy / "flickr-train-00000.index")
-    with pytest.raises(DataError, match=r"flickr-train-00000\.index/header\.npy is missing"):
+    index = index_path(tar)
+    index.unlink()
+    with pytest.raises(DataError, match=r"flickr-train-00000\.index\.npz: No such file"):
         ShardSet.open(copy)
-    shutil.copytree(small_dir / "flickr-train-00001.index", copy / "flickr-train-00000.index")
-    with pytest.raises(DataError, match="flickr-train-00000"):
+    shutil.copy(small_dir / index.name, index)
+    (copy / "lengths.npy").write_bytes(b"0")
+    with pytest.raises(DataError, match=r"lengths\.npy is not the one of the manifest"):
         ShardSet.open(copy)
     (copy / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match=r"tokenizer\.json is missing"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: No such file"):
         ShardSet.open(copy)
+
+
+def test_partitions_give_each_rank_a_run_of_rows(small_set: ShardSet) -> None:
+    """Two partitions on one rank and on two give the same rows, and a rank of two reads its own shards only."""
+    pairs = [PhaseSpec("p", {"flickr": 1}, epochs=1)]
+    settings = {"global_batch": 8, "micro_batch": 4, "partitions": 2, "window_shards": 1}
+    whole = list(load(small_set, pairs, **settings))
+    ranks = [list(load(small_set, pairs, **settings, rank=r, world=2)) for r in range(2)]
+    for step, (_, micro) in enumerate(whole):
+        parts = [rows for ranked in ranks for rows in ranked[step][1]]
+        for name in ("rows", "words", "image_ids"):
+            assert np.array_equal(stacked(parts, name), stacked(micro, name)), name
+    words = sum(int(rows.words.sum()) for _, micro in whole for rows in micro)
+    entries = [e for e in small_set.manifest["shards"] if e["split"] == "train" and "flickr" in e["sources"]]
+    assert words == sum(entry["words"] for entry in entries)
+
+
+@pytest.mark.timeout(60)
+def test_a_shard_deleted_while_training_is_named(small_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(small_dir, tmp_path / "copy")
+    steps = iter(load(ShardSet.open(copy), [PhaseSpec("p", {"flickr": 1}, epochs=3)], window_shards=1))
+    next(steps)
+    for tar in copy.glob("flickr-train*.tar"):
+        tar.unlink()
+    with pytest.raises(DataError, match=r"flickr-train-\d+\.tar: No such file"):
+        list(steps)
 
 
 def validation(shards: ShardSet, modality: str, **settings: object) -> ValidationSet:

@@ -53,7 +53,8 @@ class Data:
                 lengths, many = np.unique(tokens[mine], return_counts=True)
                 counts += [(len(entries), n, m) for n, m in zip(lengths.tolist(), many.tolist(), strict=True)]
                 entries.append((shard, number, len(mine), words, int(tokens[mine].sum())))
-        return Corpus(SOURCES, *np.array(entries).T, np.array(counts), self.lengths)
+        shard, source, samples, words, tokens = np.array(entries).T
+        return Corpus(SOURCES, shard, source, samples, words, tokens, np.array(counts), self.lengths)
 
     def positions(self, *sources: int) -> list[tuple[int, int, int]]:
         """(shard, sample, position) of all samples of `sources`, sorted."""
