@@ -320,6 +320,10 @@ def _fault(value: Any, shape: Any, path: str) -> str | None:
     plain = type(value) is (str if isinstance(shape, _Name) else type(shape))
     if not plain or (type(value) is int and value < 0):
         return f"{name} is {value!r}"
-    if isinstance(shape, _Name) and (not value or value.startswith(".") or not {"/", "\0"}.isdisjoint(value)):
+    if (
+        isinstance(value, str)
+        and isinstance(shape, _Name)
+        and (not value or value.startswith(".") or not {"/", "\0"}.isdisjoint(value))
+    ):
         return f"{name} {value!r} is no plain file name"
     return None
