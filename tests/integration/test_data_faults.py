@@ -1,0 +1,103 @@
+"""Data that breaks while ranks train on it: masked and listed, or a stop of all ranks together with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bitmar import train
+from bitmar.assembly import assemble
+from bitmar.config import Config
+from bitmar.engine.world import World
+from bitmar.observability.records import EVENTS_FILE, METRICS_FILE, read_lines
+from shards.index import ShardReader
+from shards.record import DataError
+from tests.support.ranks import run_ranks
+from tests.support.runs import newest, tiny_config
+
+TEXT_STEPS = 4  # the first phase, which reads no pair
+
+
+def pair_tars(shards: Path) -> list[Path]:
+    entries = json.loads((shards / "manifest.json").read_text())["shards"]
+    return [shards / e["file"] for e in entries if (e["modality"], e["split"]) == ("pairs", "train")]
+
+
+def damage(shards: Path, samples: int) -> list[tuple[str, str]]:
+    """Flip a bit in the vectors of the first samples; returns their (shard, key)."""
+    tar = pair_tars(shards)[0]
+    reader = ShardReader(tar)
+    keys = [(tar.name, reader.key(sample)) for sample in range(samples)]
+    offsets = reader.columns["vector_offset"][:samples].tolist()
+    content = bytearray(tar.read_bytes())
+    for offset in offsets:
+        content[offset + 40] ^= 1
+    tar.write_bytes(content)
+    return keys
+
+
+def train_all(world: World, cases: dict[str, tuple[Config, bool]]) -> dict[str, str]:
+    """Train each case; what ended it. A case may lose its pair shards once the run has been put together."""
+    ended = {}
+    for name, (config, loses_shards) in cases.items():
+        run = assemble(config, world)
+        world.barrier()
+        if loses_shards and world.is_first:
+            for tar in pair_tars(Path(config.data.shards)):
+                tar.unlink()
+        world.barrier()
+        try:
+            train.loop(run)
+            ended[name] = ""
+        except DataError as error:
+            ended[name] = str(error)
+        run.sinks.close(0)
+    return ended
+
+
+@pytest.fixture(scope="module")
+def outcome(
+    tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, str]], dict[str, list[tuple[str, str]]]]:
+    """Three trainings on 2 ranks: a damaged sample, too many of them, shards that go away."""
+    folder = tmp_path_factory.mktemp("faults")
+    keys, cases = {}, {}
+    for name, samples, loses in (("one", 1, False), ("many", 3, False), ("gone", 0, True)):
+        shards = shutil.copytree(tiny_shards, folder / name)
+        keys[name] = damage(shards, samples)
+        cases[name] = (tiny_config(folder / "recipes", shards, folder / "runs", name), loses)
+    return folder / "runs", run_ranks(2, folder / "ranks", train_all, cases), keys
+
+
+def test_one_damaged_sample_is_masked_counted_and_listed(outcome: tuple) -> None:
+    runs, ended, keys = outcome
+    assert [said["one"] for said in ended] == ["", ""]
+    lines = list(read_lines(runs / "one" / METRICS_FILE))
+    counted = [line["Data/Damaged_Samples"] for line in lines if "Data/Damaged_Samples" in line]
+    assert counted[-1] == 1
+    events = [line for line in read_lines(runs / "one" / EVENTS_FILE) if line["kind"] == "damaged_sample"]
+    assert [(event["shard"], event["key"]) for event in events] == keys["one"]
+
+
+def test_too_much_damage_stops_all_ranks_with_a_checkpoint(outcome: tuple) -> None:
+    runs, ended, keys = outcome
+    assert ended[0]["many"] == ended[1]["many"]
+    assert "3 of" in ended[0]["many"]
+    assert "more than data.damage_ceiling 0.0001" in ended[0]["many"]
+    stopped = int(newest(runs / "many").name.removeprefix("step_"))
+    assert 1 <= stopped <= TEXT_STEPS, "shards are opened ahead of the step that needs them, at most three steps"
+    events = list(read_lines(runs / "many" / EVENTS_FILE))
+    listed = [(e["shard"], e["key"]) for e in events if e["kind"] == "damaged_sample"]
+    assert sorted(listed) == sorted(keys["many"])
+    assert [e["problem"] for e in events if e["kind"] == "data_error"] == [ended[0]["many"]]
+
+
+def test_shards_that_go_away_stop_all_ranks_with_a_checkpoint(outcome: tuple) -> None:
+    runs, ended, _ = outcome
+    assert ended[0]["gone"] == ended[1]["gone"]
+    assert "No such file" in ended[0]["gone"]
+    assert ".tar" in ended[0]["gone"]
+    assert newest(runs / "gone").name == f"step_{TEXT_STEPS:08d}"
