@@ -26,7 +26,7 @@ from bitmar.engine import checkpoint
 from bitmar.engine.checkpoint import CheckpointError
 from bitmar.engine.schedule import Rates, rates_at
 from bitmar.engine.step import StepResult, train_step
-from bitmar.engine.world import World, join_world, leave_world
+from bitmar.engine.world import World, is_lost_peer, join_world, leave_world
 from bitmar.evaluation.perplexity import validate
 from bitmar.observability.plots import write_plots
 from bitmar.observability.reduce import reduce
@@ -54,6 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
         report(error)
         return 1 if isinstance(error, TrainingError) else USER_ERROR
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        report(TrainingError("another rank has gone; the same command goes on from the last checkpoint"))
+        return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

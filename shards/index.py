@@ -287,16 +287,18 @@ class ShardReader:
 
     def damaged(self) -> np.ndarray:
         """int64: the samples whose bytes in the tar no longer give their crc32."""
-        data, columns = self.data, self.columns
+        columns = self.columns
         names = ("text_offset", "text_size", "vector_offset", "vector_size", "crc32")
         bad = []
-        for sample, row in enumerate(zip(*(columns[name].tolist() for name in names), strict=True)):
-            text, text_size, vector, vector_size, expected = row
-            crc = zlib.crc32(data[text : text + text_size])
-            if vector_size:
-                crc = zlib.crc32(data[vector : vector + vector_size], crc)
-            if crc != expected:
-                bad.append(sample)
+        with self.tar.open("rb", buffering=0) as stream:  # not through the map, whose pages would stay resident
+            file = stream.fileno()
+            for sample, row in enumerate(zip(*(columns[name].tolist() for name in names), strict=True)):
+                text, text_size, vector, vector_size, expected = row
+                crc = zlib.crc32(os.pread(file, text_size, text))
+                if vector_size:
+                    crc = zlib.crc32(os.pread(file, vector_size, vector), crc)
+                if crc != expected:
+                    bad.append(sample)
         return np.array(bad, dtype=np.int64)
 
 

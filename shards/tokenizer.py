@@ -98,9 +98,9 @@ class TextTokenizer:
         except OSError as error:
             raise DataError(f"tokenizer {path}: {error.strerror}; name a tokenizer.json") from None
         with _Parsing(path):
-            self._inner = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+            self.inner = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         self.sha256 = hashlib.sha256(data).hexdigest()
-        vocabulary = self._inner.get_vocab(with_added_tokens=True)
+        vocabulary = self.inner.get_vocab(with_added_tokens=True)
         wrong = [f"{s} is {vocabulary.get(s)}" for i, s in enumerate(SPECIALS) if vocabulary.get(s) != i]
         if wrong:
             raise DataError(
@@ -108,9 +108,9 @@ class TextTokenizer:
                 "use one that make_shards trained"
             )
         self.vocab_size = max(vocabulary.values()) + 1
-        self._inner.no_truncation()
-        self._inner.no_padding()
-        self._inner.encode_special_tokens = True  # a literal "<eos>" in a text is text
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        self.inner.encode_special_tokens = True  # a literal "<eos>" in a text is text
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -119,7 +119,7 @@ class TextTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens that hold no specials."""
-        return self._inner.decode(list(tokens), skip_special_tokens=False)
+        return self.inner.decode(list(tokens), skip_special_tokens=False)
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """Tokens of `texts` and the words that begin in each.
@@ -127,7 +127,7 @@ class TextTokenizer:
         A word that starts at character p belongs to the first token whose end offset is > p, so the
         word_starts of a text sum to len(text.split()). Raises DataError when a token begins 256 words.
         """
-        encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self.inner.encode_batch(list(texts), add_special_tokens=False)
         counts = np.fromiter((len(e) for e in encodings), dtype=np.int64, count=len(texts))
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         total = int(offsets[-1])

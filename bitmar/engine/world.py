@@ -123,6 +123,11 @@ def join_world(timeout_s: int = 1800, threads: int | None = None) -> World:
     return World(rank, size, local_rank, local_size, device)
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error says that another rank has gone, not that this one failed."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def leave_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
