@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shards.memo import fits
 from shards.record import DataError
 from shards.tokenizer import TextTokenizer, default_vocab_size, train_tokenizer
 from tests.unit.shards.making import captions_of
@@ -71,3 +74,54 @@ def test_bad_tokenizers(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(swapped)
     with pytest.raises(DataError, match="<bos> is None"):
         TextTokenizer(tmp_path / "other.json")
+
+
+PIECES = st.sampled_from(
+    [
+        "the",
+        " cat",
+        "'s",
+        "'ll",
+        "'",
+        "  ",
+        " ",
+        "\n",
+        "\t",
+        "\r\n",
+        "7",
+        "42nd",
+        "!?",
+        "<eos>",
+        "é",
+        "日本",
+        "\x1c",
+        "\u2003",
+    ]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.one_of(st.lists(PIECES, max_size=12).map("".join), st.text(max_size=30)), min_size=1, max_size=8))
+def test_what_is_looked_up_equals_the_library(tokenizer: TextTokenizer, texts: list[str]) -> None:
+    texts = [text.encode("utf-8", "ignore").decode() for text in texts]
+    encoded = tokenizer.encode_batch(texts)
+    library = [e.ids for e in tokenizer.inner.encode_batch(texts, add_special_tokens=False)]
+    found = [encoded.tokens[a:b].tolist() for a, b in pairwise(encoded.offsets.tolist())]
+    assert found == library
+    plain = tokenizer._by_library(texts)
+    assert encoded.word_starts.tolist() == plain.word_starts.tolist()
+    assert encoded.offsets.tolist() == plain.offsets.tolist()
+
+
+def test_only_a_plain_byte_level_bpe_is_looked_up() -> None:
+    described = json.loads(train_tokenizer(captions_of(50), 300))
+    assert fits(json.dumps(described))
+    changes = (
+        ("normalizer", {"type": "Lowercase"}),
+        ("pre_tokenizer", {"type": "Whitespace"}),
+        ("pre_tokenizer", described["pre_tokenizer"] | {"add_prefix_space": True}),
+        ("model", described["model"] | {"dropout": 0.1}),
+        ("added_tokens", [{"content": "dog", "special": False}]),
+    )
+    for name, value in changes:
+        assert not fits(json.dumps(described | {name: value})), name
