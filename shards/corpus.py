@@ -9,8 +9,8 @@ Symbols: E (shard, source) pairs, M distinct (shard, source, tokens), N samples 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -96,6 +96,19 @@ class RowPlan:
     samples: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+
+
+def joined(plans: Sequence[RowPlan]) -> RowPlan:
+    """The rows of plans of one global batch, one after the other."""
+    first, *others = plans
+    if not others:
+        return first
+    spans = {
+        name: np.concatenate([getattr(plan, name) for plan in plans])
+        for name in ("shards", "samples", "starts", "lengths")
+    }
+    per_row = np.concatenate([np.diff(plan.row_offsets) for plan in plans])
+    return replace(first, row_offsets=np.concatenate([[0], np.cumsum(per_row)]), **spans)
 
 
 def chunk_rows(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from shards.corpus import PAIRS, RowPlan, chunk_rows
+from shards.corpus import PAIRS, RowPlan, chunk_rows, joined
 from shards.dataset import Readers, ShardSet
 from shards.order import Order, PhaseSpec
 from shards.record import DataError
@@ -48,8 +48,8 @@ class RankSlice:
     world: int
     micro_batch: int
 
-    def firsts(self, shape: Shape) -> list[int]:
-        """The first row of each micro-batch. Raises ValueError naming the numbers that do not fit."""
+    def runs(self, shape: Shape) -> list[tuple[int, int]]:
+        """(first row, rows) of each run of neighbouring rows. Raises ValueError naming the numbers that do not fit."""
         together = self.micro_batch * self.world
         if self.micro_batch < 1 or self.world < 1 or shape.global_batch % together:
             raise ValueError(
@@ -58,10 +58,11 @@ class RankSlice:
             )
         if not 0 <= self.rank < self.world:
             raise ValueError(f"rank must be from 0 to {self.world - 1}, got {self.rank}")
-        if shape.partitions == 1:
-            return list(range(self.rank * self.micro_batch, shape.global_batch, together))
+        if shape.partitions == 1 and self.world > 1:
+            firsts = range(self.rank * self.micro_batch, shape.global_batch, together)
+            return [(first, self.micro_batch) for first in firsts]
         share = shape.global_batch // self.world
-        return list(range(self.rank * share, (self.rank + 1) * share, self.micro_batch))
+        return [(self.rank * share, share)]
 
 
 class Ahead:
@@ -114,7 +115,7 @@ class Loader:
         pack_captions: bool = False,
     ) -> None:
         """Raises ValueError naming the numbers that do not fit."""
-        self._firsts = RankSlice(rank, world, micro_batch).firsts(shape)
+        self._runs = RankSlice(rank, world, micro_batch).runs(shape)
         self._micro_batch, self._prefetch, self._state = micro_batch, prefetch, state
         self._readers = shards.readers
         self.order = Order(shards.corpus("train"), phases, seed=seed, shape=shape, pack_captions=pack_captions)
@@ -140,12 +141,11 @@ class Loader:
     def step_rows(self, state: LoaderState) -> list[Rows]:
         """This rank's micro-batches of one optimizer step. Raises DataError where data is missing or too damaged."""
         base = (state.phase << PHASE_SHIFT) | (state.position * self.order.shape.global_batch)
-        plans = [self.order.plan(state.phase, state.position, first, self._micro_batch) for first in self._firsts]
-        rows = [
-            build_rows(self._readers.get, plan, base + first) for first, plan in zip(self._firsts, plans, strict=True)
-        ]
+        runs = [self.order.plan(state.phase, state.position, first, count) for first, count in self._runs]
+        positions = np.concatenate([np.arange(base + first, base + first + count) for first, count in self._runs])
+        rows = build_rows(self._readers.get, joined(runs), positions)
         self._readers.check_damage()
-        return rows
+        return rows.split(self._micro_batch)
 
     def _states(self) -> Iterator[LoaderState]:
         for phase in range(self._state.phase, self._phases):
@@ -156,7 +156,7 @@ class Loader:
     def _produce(self, items: queue.Queue, stop: threading.Event, ahead: Ahead) -> None:
         """The prefetch thread: puts (state, rows), then None; or the exception that ended it."""
         last: object = None
-        first, count = self._firsts[0], self._firsts[-1] + self._micro_batch - self._firsts[0]
+        first, count = self._runs[0][0], sum(self._runs[-1]) - self._runs[0][0]
         try:
             for state in self._states():
                 ahead.want(self.order.ahead(state.phase, state.position, first, count))
@@ -265,7 +265,7 @@ class ValidationSet:
             offsets = np.minimum(np.arange(self._micro_batch + 1), len(record))
             columns = (self._chosen.shard[record], self._chosen.sample[record], self._starts[here], self._lengths[here])
             plan = RowPlan(self._modality, "validation", False, longest, offsets, *columns)
-            rows = build_rows(self._readers.get, plan, first)
+            rows = build_rows(self._readers.get, plan, np.arange(first, first + self._micro_batch))
             if partner is not None:
                 for row in np.flatnonzero(rows.valid).tolist():
                     other = int(partner[record[row]])

@@ -6,7 +6,7 @@ Symbols: B rows of a micro-batch, T positions, S image slots of a row, V width o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,6 +41,17 @@ class Rows:
         """What counts as a sample: a caption, or a row of text."""
         return int((self.has_vision if self.slots > 1 else self.valid).sum())
 
+    def split(self, size: int) -> list[Rows]:
+        """Micro-batches of `size` rows, which share this one's memory."""
+        parts = []
+        for start in range(0, len(self.rows), size):
+            row = slice(start, start + size)
+            slot = slice(start * self.slots, (start + size) * self.slots)
+            by_row = {name: getattr(self, name)[row] for name in PER_ROW}
+            by_slot = {name: getattr(self, name)[slot] for name in PER_SLOT}
+            parts.append(replace(self, **by_row, **by_slot))
+        return parts
+
 
 class _Gathered:
     """The bytes and numbers of the whole spans of a plan, in its order."""
@@ -57,8 +68,12 @@ class _Gathered:
         self.vectors: list[bytes | memoryview | np.ndarray] = []  # bytes as stored, or decoded
 
 
-def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, first_row: int) -> Rows:
-    """The rows of a plan as arrays; `first_row` is the global position of the first.
+PER_ROW = ("tokens", "targets", "segments", "positions", "words", "rows", "valid")
+PER_SLOT = ("vision", "has_vision", "image_ids")
+
+
+def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.ndarray) -> Rows:
+    """The rows of a plan as arrays; `positions` int64 [B] are their global positions.
 
     A damaged sample is masked: targets -100, no vision, no words. Raises DataError where a shard cannot be read.
     """
@@ -80,7 +95,7 @@ def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, first_row: int) 
         has_vision=np.zeros(size * slots, np.bool_),
         image_ids=np.zeros(size * slots, np.int64),
         words=np.zeros(size, np.int64),
-        rows=np.arange(first_row, first_row + size, dtype=np.int64),
+        rows=positions,
         valid=np.zeros(size, np.bool_),
         packed=most > 1,
         slots=slots,

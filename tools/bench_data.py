@@ -42,7 +42,7 @@ from tools.machine import describe_machine
 from tools.make_demo_data import make
 
 REAL = Path("../shared/data/raw")
-MICRO_BATCH = 64
+GLOBAL_BATCH, MICRO_BATCH = 512, 64  # ours accumulates 8 micro-batches a step, as the 120m recipe does 16
 ROW_TOKENS = 64
 SEEK_SHARDS, SEEK_SAMPLES = 1000, 10_000
 RANKS, NODES = 4096, 512
@@ -110,8 +110,9 @@ def rate(epoch: Callable[[], int]) -> float:
 def our_loader(records: Records) -> Callable[[], int]:
     """An epoch of our loader, a later one at each call."""
     phases = [PhaseSpec("pairs", {"pairs": 1.0}, epochs=1000)]
-    shape = Shape(MICRO_BATCH, ROW_TOKENS)
-    loader = Loader(ShardSet.open(records.shards), phases, seed=0, shape=shape, micro_batch=64, rank=0, world=1)
+    shape = Shape(GLOBAL_BATCH, ROW_TOKENS)
+    micro = MICRO_BATCH
+    loader = Loader(ShardSet.open(records.shards), phases, seed=0, shape=shape, micro_batch=micro, rank=0, world=1)
     steps = loader.order.steps(0) // 1000
     begun = 0
 
@@ -119,11 +120,11 @@ def our_loader(records: Records) -> Callable[[], int]:
         nonlocal begun
         count = 0
         for step in range(begun, begun + steps):
-            (rows,) = loader.step_rows(LoaderState(0, step))
-            for array in (rows.tokens, rows.targets):
-                torch.from_numpy(array)
-            torch.from_numpy(rows.vision).float()
-            count += rows.samples
+            for rows in loader.step_rows(LoaderState(0, step)):
+                for array in (rows.tokens, rows.targets):
+                    torch.from_numpy(array)
+                torch.from_numpy(rows.vision).float()
+                count += rows.samples
         begun += steps
         return count
 
