@@ -32,6 +32,8 @@ shards.corpus
 shards.streams
 shards.buckets shards.packing
 shards.order
+shards.transfer
+shards.cache
 shards.store
 shards.dataset
 shards.rows

@@ -1,0 +1,149 @@
+"""A folder of downloaded files that the processes of a node share: one download each, a limit in bytes.
+
+Files are named HASH-SIZE-NAME by their contents, and HASH-SIZE-NAME.part while they come in. Who uses a file holds a
+shared flock on it, who fills a part an exclusive one; the kernel drops both with the process. Files change hands
+(are found, made, renamed, evicted) only under the folder's own lock, which nobody holds for long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shards.transfer import StoreError
+
+LOCK = "lock"
+ENTRY = re.compile(r"[0-9a-f]{16}-(\d+)-.+")
+PART = ".part"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the folder; a part counts as the whole it becomes."""
+
+    path: Path
+    size: int
+    used_ns: int
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The folder, and the bytes its files may take together (None: any)."""
+
+    directory: Path
+    limit_bytes: int | None
+
+    def path(self, name: str, size: int, sha256: str) -> Path:
+        """Where a file of these contents lies once it is here."""
+        return self.directory / f"{sha256[:16]}-{size}-{name}"
+
+    def part(self, path: Path) -> Path:
+        """Where the file grows while it is downloaded."""
+        return path.with_name(path.name + PART)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder's lock."""
+        with (self.directory / LOCK).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def pin(self, path: Path, size: int) -> int | None:
+        """A descriptor that keeps the file from eviction until closed; None where it is not here whole.
+
+        Under the folder's lock.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_size != size:
+            os.unlink(path)
+            os.close(descriptor)
+            return None
+        os.utime(path)
+        return descriptor
+
+    def start(self, path: Path, size: int) -> int | None:
+        """A descriptor of the file's part, ours alone to fill; None while another fills it.
+
+        Makes room first; raises StoreError where the limit leaves none. Under the folder's lock.
+        """
+        part = self.part(path)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        try:
+            self._make_room(part, path.name, size)
+        except BaseException:
+            os.unlink(part)
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def finish(self, descriptor: int, path: Path) -> None:
+        """Give a filled part its name; the descriptor pins it from here on. Under the folder's lock."""
+        os.rename(self.part(path), path)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+    def evict(self, wanted: int, keep: Path | None = None) -> int:
+        """Remove unused files, least recently used first, until `wanted` bytes are free: the bytes freed.
+
+        `keep` is not touched. Under the folder's lock.
+        """
+        freed = 0
+        for entry in sorted(self._entries(), key=lambda entry: entry.used_ns):
+            if freed >= wanted:
+                break
+            if entry.path != keep and _remove_unused(entry.path):
+                freed += entry.size
+        return freed
+
+    def _make_room(self, part: Path, name: str, size: int) -> None:
+        if self.limit_bytes is None:
+            return
+        taken = sum(entry.size for entry in self._entries() if entry.path != part)
+        excess = taken + size - self.limit_bytes
+        if excess > 0:
+            freed = self.evict(excess, part)
+            if freed < excess:
+                raise StoreError(
+                    f"cache {self.directory}: its limit of {self.limit_bytes} bytes is too small: {taken - freed} are "
+                    f"in use and {size} are wanted for {name}; a limit of {taken - freed + size} bytes would do"
+                )
+
+    def _entries(self) -> Iterator[Entry]:
+        with os.scandir(self.directory) as found:
+            for item in found:
+                match = ENTRY.fullmatch(item.name)
+                if match is None:
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # somebody empties the folder by hand
+                    yield Entry(Path(item.path), int(match[1]), item.stat().st_mtime_ns)
+
+
+def _remove_unused(path: Path) -> bool:
+    """Whether the file is gone: nobody used it."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
