@@ -22,7 +22,7 @@ from bitmar.model.memory import MemoryState
 from bitmar.observability.schema import Cadence, select
 from bitmar.observability.sinks import Sink, open_sinks
 from bitmar.observability.stats import Statistics
-from shards.loader import Loader, LoaderState, Shape, ShardSet, ValidationSet
+from shards.loader import CacheOptions, Loader, LoaderState, Shape, ShardSet, ValidationSet
 from shards.order import PhaseSpec
 from shards.record import DataError
 
@@ -71,7 +71,7 @@ class Run:
 def assemble(config: Config, world: World) -> Run:
     """Build every part of the run. Raises ConfigError, DataError or CheckpointError."""
     config.check_world(world.size)
-    shards = ShardSet.open(config.data.shards, damage_ceiling=config.data.damage_ceiling)
+    shards = open_shards(config)
     model = build_model(config, shards, world)
     parameters = parameter_counts(model)
     identity = checkpoint.identity(config, shards.tokenizer_hash, shards.identity)
@@ -105,6 +105,14 @@ def assemble(config: Config, world: World) -> Run:
     if world.is_first:
         announce(run)
     return run
+
+
+def open_shards(config: Config) -> ShardSet:
+    """The shards of the recipe, local or remote. Raises DataError."""
+    data = config.data
+    directory = None if data.cache_directory is None else Path(data.cache_directory)
+    limit = None if data.cache_gib is None else int(data.cache_gib * 2**30)
+    return ShardSet.open(data.shards, CacheOptions(directory, limit), damage_ceiling=data.damage_ceiling)
 
 
 def open_loader(config: Config, shards: ShardSet, progress: Progress, world: World) -> Loader:

@@ -58,16 +58,22 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str  # the folder of the shards
+    shards: str  # a folder, or the URL of one (http, https, s3, gs)
     row_tokens: int = 256  # positions of a row; longer records go on in the next row
     words_limit: int = 100_000_000  # BabyLM: words the training split may hold
     prefetch_steps: int = 2
     window_shards: int = 16  # samples are shuffled within windows of so many shards
     partitions: int = 1  # canonical parts of the shards, so that a node reads only its own
     damage_ceiling: float = 1.0e-4  # damaged samples (checksum fails) above this share end the run
+    cache_directory: str | None = None  # where shards of a URL are kept; None: the user's cache folder
+    cache_gib: float | None = None  # limit of that folder; None: none
 
     def __post_init__(self) -> None:
         _positive("data", self, "row_tokens", "words_limit", "prefetch_steps", "window_shards", "partitions")
+        _require(
+            self.cache_gib is None or self.cache_gib > 0,
+            f"data.cache_gib must be > 0, got {self.cache_gib}",
+        )
         _require(0 <= self.damage_ceiling <= 1, f"data.damage_ceiling must lie in [0, 1], got {self.damage_ceiling}")
 
 

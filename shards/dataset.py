@@ -22,7 +22,7 @@ import numpy as np
 from shards.corpus import Corpus, ShardLengths
 from shards.index import ShardReader, load_columns
 from shards.record import VECTOR_SIZE, DataError
-from shards.store import Store, open_store
+from shards.store import CacheOptions, Store, is_remote, open_store
 from shards.writer import MANIFEST, parse_manifest
 
 DAMAGE_CEILING = 1e-4
@@ -182,6 +182,7 @@ class ShardSet:
     tokenizer_hash: str
     generated: bool
     vector_size: int
+    remote: bool
     readers: Readers = field(repr=False, compare=False)
     store: Store = field(repr=False, compare=False)
     length_counts: np.ndarray = field(repr=False, compare=False)  # int32 [M, 4]: shard, source, tokens, samples
@@ -190,19 +191,22 @@ class ShardSet:
     def open(
         cls,
         location: str | Path,
+        cache: CacheOptions | None = None,
         *,
         damage_ceiling: float = DAMAGE_CEILING,
     ) -> ShardSet:
-        """Open a folder; raises DataError when it is missing, foreign or damaged.
+        """Open a folder or URL; raises DataError when it is missing, foreign or damaged.
 
-        Tars and indexes are checked for their sizes now, their checksums when a shard is first used.
+        Local tars and indexes are checked for their sizes now; checksums when a shard is first used. `cache`: where
+        the files of a URL are kept.
         """
-        store = open_store(str(location))
+        remote = is_remote(str(location))
+        store = open_store(str(location), cache or CacheOptions())
         manifest = parse_manifest(store.read(MANIFEST), f"{store.location}/{MANIFEST}")
         tokenizer = manifest["tokenizer"]
         _read_checked(store, tokenizer["file"], tokenizer["sha256"])
         lengths = _read_checked(store, manifest["lengths"]["file"], manifest["lengths"]["sha256"])
-        for entry in manifest["shards"]:
+        for entry in () if remote else manifest["shards"]:
             for part in (entry, entry["index"]):
                 store.fetch(part["file"], part["bytes"], part["sha256"])
                 store.release(part["file"])
@@ -214,6 +218,7 @@ class ShardSet:
             tokenizer["sha256"],
             manifest["generated"],
             manifest["vector_size"],
+            remote,
             readers,
             store,
             _length_counts(lengths, manifest, store.location),

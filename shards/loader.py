@@ -19,11 +19,13 @@ from shards.dataset import Readers, ShardSet
 from shards.order import Order, PhaseSpec
 from shards.record import DataError
 from shards.rows import Rows, build_rows
+from shards.store import CacheOptions
 from shards.streams import Shape
 
-__all__ = ["Loader", "LoaderState", "PhaseSpec", "Rows", "Shape", "ShardSet", "ValidationSet"]
+__all__ = ["CacheOptions", "Loader", "LoaderState", "PhaseSpec", "Rows", "Shape", "ShardSet", "ValidationSet"]
 
 PHASE_SHIFT = 40
+DOWNLOADS = 4  # at a time; verifying holds the interpreter, so one thread does where nothing is downloaded
 CANDIDATES = 4  # validation samples are chosen among so many times their number
 HELD_WINDOWS = 4  # the one that is read, the one after, and those that rows waited in
 
@@ -66,14 +68,15 @@ class RankSlice:
 
 
 class Ahead:
-    """A thread that opens shards before they are needed; what fails is tried again by who needs it."""
+    """Daemon threads that open shards before they are needed; what fails is tried again by who needs it."""
 
-    def __init__(self, readers: Readers) -> None:
+    def __init__(self, readers: Readers, threads: int) -> None:
         self._readers = readers
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._asked: set[int] = set()
-        self._thread = threading.Thread(target=self._open, name="ahead", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._open, name="ahead", daemon=True) for _ in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     def want(self, shards: list[int]) -> None:
         """Ask for the shards of the windows that are read now and next."""
@@ -83,10 +86,10 @@ class Ahead:
         self._asked = set(shards)
 
     def close(self) -> None:
-        """End the thread after the shard it is at."""
+        """Let the threads end after the shard they are at; a download that hangs is left to its time limit."""
         self._asked = set()
-        self._wanted.put(None)
-        self._thread.join()
+        for _ in self._threads:
+            self._wanted.put(None)
 
     def _open(self) -> None:
         while (shard := self._wanted.get()) is not None:
@@ -117,7 +120,7 @@ class Loader:
         """Raises ValueError naming the numbers that do not fit."""
         self._runs = RankSlice(rank, world, micro_batch).runs(shape)
         self._micro_batch, self._prefetch, self._state = micro_batch, prefetch, state
-        self._readers = shards.readers
+        self._readers, self._remote = shards.readers, shards.remote
         self.order = Order(shards.corpus("train"), phases, seed=seed, shape=shape, pack_captions=pack_captions)
         self._phases = len(phases)
         if not 0 <= state.phase <= self._phases or state.position < 0:
@@ -171,7 +174,7 @@ class Loader:
         """Yield (the state before the step, this rank's micro-batches) for each step that is left."""
         items: queue.Queue = queue.Queue(maxsize=max(1, self._prefetch))
         stop = threading.Event()
-        ahead = Ahead(self._readers)
+        ahead = Ahead(self._readers, DOWNLOADS if self._remote else 1)
         thread = threading.Thread(target=self._produce, args=(items, stop, ahead), name="prefetch", daemon=True)
         thread.start()
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.index import index_path, load_columns
-from shards.loader import Loader, LoaderState, PhaseSpec, Rows, Shape, ShardSet, ValidationSet
+from shards.loader import CacheOptions, Loader, LoaderState, PhaseSpec, Rows, Shape, ShardSet, ValidationSet
 from shards.raw import open_raw
 from shards.record import DataError, image_ids
 from shards.tokenizer import BOS, EOS, TextTokenizer
@@ -268,6 +270,30 @@ def test_a_shard_deleted_while_training_is_named(small_dir: Path, tmp_path: Path
     (copy / "flickr-train-00001.tar").unlink()
     with pytest.raises(DataError, match=r"flickr-train-00001\.tar: No such file"):
         list(loader)
+
+
+@pytest.mark.parametrize("limit", [None, 2_000_000])
+def test_shards_of_a_server_are_read_as_local_ones(small_dir: Path, tmp_path: Path, limit: int | None) -> None:
+    """Over HTTP, also where the cache holds only a part of the set at a time."""
+    handler = partial(SilentHandler, directory=str(small_dir))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        remote = ShardSet.open(url, CacheOptions(tmp_path / "cache", limit, back_off_s=0.01))
+        pairs = [PhaseSpec("p", {"flickr": 1}, epochs=2)]
+        settings = {"window_shards": 1}
+        whole = list(load(ShardSet.open(small_dir), pairs, **settings))
+        for (_, got), (_, wanted) in zip(load(remote, pairs, **settings), whole, strict=True):
+            for name in ("tokens", "targets", "vision", "rows"):
+                assert np.array_equal(stacked(got, name), stacked(wanted, name))
+        remote.readers.close()
+        remote.store.close()
+        server.shutdown()
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
 
 
 def validation(shards: ShardSet, modality: str, **settings: object) -> ValidationSet:
