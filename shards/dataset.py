@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from shards.corpus import Corpus, ShardLengths
-from shards.index import ShardReader, load_columns
+from shards.index import UNREADABLE, ShardReader, load_columns
 from shards.record import VECTOR_SIZE, DataError
 from shards.store import CacheOptions, Store, is_remote, open_store
 from shards.writer import MANIFEST, parse_manifest
@@ -290,7 +290,7 @@ def _length_counts(data: bytes, manifest: dict[str, Any], location: str) -> np.n
     name = f"{location}/{manifest['lengths']['file']}"
     try:
         counts = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{name} is damaged ({error}): make the shards again") from None
     shards = manifest["shards"]
     if counts.ndim != 2 or counts.shape[1] != 4 or counts.dtype.kind != "i" or (counts < 0).any():

@@ -21,6 +21,7 @@ import io
 import json
 import mmap
 import os
+import tokenize
 import weakref
 import zipfile
 import zlib
@@ -51,6 +52,11 @@ PER_SAMPLE = {
     "image_id": "<i8",
 }
 COLUMNS = (*PER_SAMPLE, "token_offsets")  # what an open shard holds in memory
+# what numpy and zipfile raise on files that are damaged, or are none of theirs
+UNREADABLE = (
+    *(OSError, ValueError, EOFError, KeyError, NotImplementedError, MemoryError, OverflowError, RecursionError),
+    *(SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
 SHARED_FILE_SYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "fuse", "9p", "ceph", "beegfs", "afs", "glusterfs")
 
 
@@ -159,7 +165,7 @@ def load_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise _damaged(path, error) from None
 
 
@@ -339,7 +345,7 @@ def _places(index: Path, wanted: dict[str, tuple[object, int]]) -> list[int]:
                 stream.seek(info.header_offset + 26)
                 name_bytes, extra_bytes = np.frombuffer(stream.read(4), "<u2").tolist()
                 places.append(info.header_offset + 30 + name_bytes + extra_bytes + header_bytes)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise _damaged(index, error) from None
     return places
 
@@ -371,7 +377,7 @@ def decode_vector(data: bytes, where: str) -> np.ndarray:
             with value:
                 arrays = [value[name] for name in value.files]
             value = arrays[0] if len(arrays) == 1 else np.zeros(0)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{where}: the vector is no .npy or .npz array ({error})") from None
     if value.dtype.kind != "f" or value.size != VECTOR_SIZE:
         raise DataError(f"{where}: expected one vector of {VECTOR_SIZE} floats, found {value.dtype} {value.shape}")
