@@ -12,7 +12,8 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from shards.corpus import Corpus, ShardLengths
-from shards.index import UNREADABLE, ShardReader, load_columns
+from shards.index import RAW_DTYPES, UNREADABLE, ShardReader, count_index, load_columns, read_index
 from shards.record import VECTOR_SIZE, DataError
 from shards.store import CacheOptions, Store, is_remote, open_store
 from shards.writer import MANIFEST, parse_manifest
@@ -28,7 +29,6 @@ from shards.writer import MANIFEST, parse_manifest
 DAMAGE_CEILING = 1e-4
 FILES_PER_SHARD, SPARE_FILES = 4, 256
 MAX_OPEN = 256
-RAW_VECTORS = {1: np.dtype("<f2"), 2: np.dtype("<f4")}  # kinds of vectors that lie in the tar as they are
 
 
 class Sliced(Protocol):
@@ -46,7 +46,7 @@ class OpenShard:
         self.reader, self.damaged = reader, damaged
         columns = reader.columns
         kinds = np.unique(columns["vector_kind"])
-        raw = RAW_VECTORS.get(int(kinds[0])) if len(kinds) == 1 else None
+        raw = RAW_DTYPES.get(int(kinds[0])) if len(kinds) == 1 else None
         data: Sliced = reader.data
         tokens: Sliced = reader.token_bytes
         self.parts = (  # what gathering rows looks up for every span: columns that yield Python ints, bytes by slice
@@ -112,12 +112,13 @@ class Readers:
                         self._open.popitem(last=False)
             return opened
 
-    def columns(self, shard: int, *names: str) -> dict[str, np.ndarray]:
-        """Arrays of the index of a shard; the tar is not needed. Raises DataError."""
+    @contextmanager
+    def index(self, shard: int) -> Iterator[Path]:
+        """The index file of a shard; the tar is not needed. Raises DataError."""
         index = self._entries[shard]["index"]
         path = self._store.fetch(index["file"], index["bytes"], index["sha256"])
         try:
-            return load_columns(path, names)
+            yield path
         finally:
             self._store.release(index["file"])
 
@@ -140,13 +141,12 @@ class Readers:
 
     def _fetch(self, shard: int) -> OpenShard:
         entry = self._entries[shard]
-        files = (entry["file"], entry["bytes"], entry["sha256"]), tuple(entry["index"].values())
         pinned: list[str] = []
         try:
             paths = []
-            for name, size, sha256 in files:
-                paths.append(self._store.fetch(name, size, sha256))
-                pinned.append(name)
+            for part in (entry, entry["index"]):
+                paths.append(self._store.fetch(part["file"], part["bytes"], part["sha256"]))
+                pinned.append(part["file"])
             reader = ShardReader(paths[0], self._tokenizer, paths[1])
             opened = OpenShard(reader, self._verify(shard, reader))
         except BaseException:
@@ -229,10 +229,6 @@ class ShardSet:
         """A hash of the manifest: equal sets have equal ones."""
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
-    def tokenizer_json(self) -> bytes:
-        """The tokenizer's file."""
-        return self.store.read(self.manifest["tokenizer"]["file"])
-
     def words(self, split: str) -> int:
         """Words of a split, "train" or "validation"."""
         return self.manifest["totals"][split]["words"]
@@ -260,21 +256,25 @@ class ShardSet:
         )
 
     def _lengths(self, shard: int, number: dict[str, int]) -> ShardLengths:
-        columns = self.readers.columns(shard, "token_offsets", "words", "source", "sources")
+        with self.readers.index(shard) as path:
+            columns = read_index(path)
         names = [name.decode("utf-8", "replace") for name in columns["sources"].tolist()]
-        unknown = [name for name in names if name not in number]
-        if unknown:
-            file = self.manifest["shards"][shard]["index"]["file"]
-            raise DataError(f"index {file} holds source {unknown[0]!r}, which the manifest does not know")
-        sources = np.array([number[name] for name in names], dtype=np.int64)[columns["source"]]
-        offsets = columns["token_offsets"]
+        offsets, words, source = (columns[name] for name in ("token_offsets", "words", "source"))
+        entry = self.manifest["shards"][shard]
+        if count_index(names, source, np.diff(offsets), words).sources != entry["sources"]:
+            raise DataError(
+                f"index {entry['index']['file']} does not hold the samples, words and tokens that the manifest counts: "
+                "make the shards again"
+            )
+        sources = np.array([number[name] for name in names], dtype=np.int64)[source]
 
         def words_before(samples: np.ndarray, counts: np.ndarray) -> np.ndarray:
-            starts = self.readers.columns(shard, "word_starts")["word_starts"]
+            with self.readers.index(shard) as path:
+                starts = load_columns(path, ["word_starts"])["word_starts"]
             before = np.concatenate([[0], np.cumsum(starts, dtype=np.int64)])
             return before[offsets[samples] + counts] - before[offsets[samples]]
 
-        return ShardLengths(np.diff(offsets), columns["words"], sources, words_before)
+        return ShardLengths(np.diff(offsets), words, sources, words_before)
 
 
 def _read_checked(store: Store, name: str, sha256: str) -> bytes:

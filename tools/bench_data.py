@@ -71,7 +71,7 @@ class Records:
         convert(source, self.shards, options, force=False, report=lambda *_: None)
         self.tars = sorted(str(tar) for tar in self.shards.glob("*.tar"))
         self.tokenizer = TextTokenizer(self.shards / "tokenizer.json")
-        self.folder = folder
+        self.folder, self.repeats = folder, repeats
 
 
 def collate(tokens: Sequence[Sequence[int]], vectors: Sequence[np.ndarray]) -> tuple[torch.Tensor, ...]:
@@ -233,7 +233,7 @@ def _verdict(values: Sequence[float], least: float) -> bool | None:
 
 def padding_row(records: Records) -> dict[str, Any]:
     """Real tokens over slots of an epoch of micro-batches of 32, against batches of perfectly sorted captions."""
-    captions = len(records.captions) // max(1, len(records.captions) // 2700)
+    captions = len(records.captions) // records.repeats
     tokens = np.array([len(ids) + 1 for ids in encoder(records)(records.captions[:captions])])
     lengths = np.sort(tokens)
     cuts = [lengths[at : at + 32] for at in range(0, len(lengths), 32)]

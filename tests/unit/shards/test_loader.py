@@ -248,6 +248,19 @@ def test_directories_that_are_not_whole(small_dir: Path, tmp_path: Path) -> None
         ShardSet.open(copy)
 
 
+def test_an_index_of_another_set_is_refused(small_dir: Path, tmp_path: Path) -> None:
+    """Of the size that the manifest says, and fitting its tar: only what it counts gives it away."""
+    copy = shutil.copytree(small_dir, tmp_path / "copy")
+    index = index_path(copy / "flickr-train-00001.tar")
+    with np.load(index) as stored:
+        arrays = dict(stored)
+    arrays["words"][[0, 1]] += np.array([1, 0], np.int32)
+    with index.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
+    with pytest.raises(DataError, match=r"flickr-train-00001\.index\.npz does not hold the samples, words and tokens"):
+        list(load(ShardSet.open(copy), [PhaseSpec("p", {"flickr": 1}, epochs=1)]))
+
+
 def test_partitions_give_each_rank_a_run_of_rows(small_set: ShardSet) -> None:
     """Two partitions on one rank and on two give the same rows, and a rank of two reads its own shards only."""
     pairs = [PhaseSpec("p", {"flickr": 1}, epochs=1)]
