@@ -1,98 +1,140 @@
-"""Raw files -> a directory of shards with `manifest.json`: scan, split, tokenizer, shards.
+"""Raw files -> a directory of shards with `manifest.json`: fingerprint, spool, tokenizer, blocks, manifest.
 
-Three passes over the raw files, none of which holds all vectors or texts. Symbols: N samples of a source.
+A conversion is cut into blocks of records (shards.division) that do not know of each other, so they may be made by
+several processes, by several machines, and at different times. Memory: one byte a record here, while a tokenizer is
+trained, and 8 in each process, which are mapped. Symbols: N records of a modality.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+import itertools
 import json
-import zlib
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shards.raw import RawPairs, RawSet, RawText, Rejected, open_raw, scan_pairs
-from shards.record import VECTOR_DTYPES, DataError, Sample, sample_key, text_id
+from shards.blocks import TRAIN, UNUSABLE, Block, Sources, Work, build_block, kind_of, scan
+from shards.crew import Crew
+from shards.division import Division
+from shards.raw import RawPairs, RawSet, RawText, open_raw
+from shards.record import DataError
+from shards.spool import Spools, write_spool
 from shards.tokenizer import TextTokenizer, default_vocab_size, train_tokenizer
+from shards.workplace import WHOLE, Part, Workplace, sync, working
 from shards.writer import (
     FORMAT,
     MANIFEST,
+    MODALITIES,
     REJECTED,
     SPLITS,
     TOKENIZER,
-    Labels,
     Options,
-    ShardWriter,
     WrittenShard,
-    building,
     read_manifest,
     write_manifest,
 )
 
-BATCH = 1024
-HASH_BYTES = 1 << 22
-ID_RANGE = 2.0**64
+SCAN_ROWS = 1 << 16
+FLUSHES_AHEAD = 4  # blocks that may wait for the disk
 
-Report = Callable[[str, int, int | None], None]  # stage, done, total (None: not known)
-
-
-@dataclass
-class Scan:
-    """The first pass over the raw files: ids of all records, which are usable, words of the train split."""
-
-    ids: dict[str, np.ndarray] = field(default_factory=dict)  # source -> int64 [N]
-    usable: dict[str, np.ndarray] = field(default_factory=dict)  # source -> bool [N]
-    rejected: list[Rejected] = field(default_factory=list)
-    train_words: int = 0
+Report = Callable[[str, int, int | None, str], None]  # stage, done, total (None: not known), unit
 
 
-def in_validation(ids: np.ndarray, fraction: float) -> np.ndarray:
-    """bool [N]: which ids (int64 hashes) belong to the validation split; equal ids never part."""
-    return ids.view(np.uint64) < np.uint64(min(fraction * ID_RANGE, ID_RANGE - 2048))
+@dataclass(frozen=True)
+class Conversion:
+    """What came of it. manifest: None while blocks of other parts are missing. made: False where it was all there."""
+
+    manifest: dict[str, Any] | None
+    made: bool
+    missing: int = 0
 
 
-def convert(raw: Path, out: Path, options: Options, *, force: bool, report: Report) -> tuple[dict, bool]:
-    """Convert the raw files in `raw` to shards in `out`.
+@dataclass(frozen=True)
+class _Rejects:
+    """What was left out: how many of how many records, by source and reason, and the first of them."""
 
-    Returns (manifest, made): made is False when `out` already held exactly this. Raises DataError on bad
-    input, on too many rejected samples, and on an `out` that holds something else; nothing is half-written.
+    records: int
+    counts: Counter[tuple[str, str]]
+    first: str
+    empty: list[str]  # sources without a usable record
+
+    def check(self, allowed: float) -> None:
+        """Raises DataError when there are more than allowed, or a source has nothing else."""
+        bad = self.counts.total()
+        listed = "; ".join(f"{source}: {count} x {reason}" for (source, reason), count in self.counts.most_common(4))
+        first = f" (first: {self.first})" if self.first else ""
+        if self.empty:
+            raise DataError(f"source {self.empty[0]} has no usable sample ({listed or 'it is empty'}){first}: mend it")
+        if bad > allowed * self.records:
+            raise DataError(
+                f"{bad} of {self.records} samples rejected, more than --max-reject-fraction {allowed}: "
+                f"{listed}{first}; mend the raw files or raise --max-reject-fraction"
+            )
+
+
+def convert(
+    raw: Path,
+    out: Path,
+    options: Options,
+    *,
+    report: Report,
+    force: bool = False,
+    jobs: int = 1,
+    part: Part = WHOLE,
+    resume: bool = False,
+) -> Conversion:
+    """Convert the raw files in `raw` to shards in `out`, or this part's share of them.
+
+    The result does not depend on jobs, parts or interruptions. Raises DataError on bad input, on too many rejected
+    samples, and on an `out` that holds something else; OSError where the disk fails. `out` appears whole or not at
+    all; what an interruption leaves beside it is what `resume` goes on from.
     """
     raw_set = open_raw(raw)
-    inputs = [_fingerprint_file(path, report) for path in raw_set.files]
-    fingerprint = _fingerprint(inputs, options, raw_set.generated)
-    existing = _existing(out, fingerprint, force)
-    if existing is not None:
-        return existing, False
-    with building(out) as part:
-        scan = _scan(raw_set, options, report)
-        _check_rejected(scan, options)
-        tokenizer = _tokenizer(raw_set, scan, options, part, report)
-        written: list[WrittenShard] = []
-        for pairs in raw_set.pairs:
-            written += _write_pairs(pairs, scan, options, tokenizer, part, report)
-        for text in raw_set.texts:
-            written += _write_texts(text, scan, options, tokenizer, part, report)
-        lines = [json.dumps(asdict(r), ensure_ascii=True) + "\n" for r in scan.rejected]
-        (part / REJECTED).write_text("".join(lines))
-        about = _about(raw_set, inputs, fingerprint, options, scan, tokenizer)
-        manifest = write_manifest(part, written, about)
-    return manifest, True
+    with Crew(jobs) as crew:
+        inputs = _hash_inputs(raw_set.files, crew, report)
+        fingerprint = _fingerprint(inputs, options, raw_set.generated)
+        existing = _existing(out, fingerprint, force)
+        if existing is not None:
+            return Conversion(existing, False)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with working(out, fingerprint, part, resume) as place:
+            try:
+                sources = _lay_out(raw_set, place, crew, report)
+                work = Work(options, place.own / TOKENIZER, place.own / "build", place.set)
+                _make_tokenizer(work, sources, crew, report)
+                _build(work, sources, place, part, resume, crew, report)
+                with place.alone():
+                    if not place.set.is_dir():  # another part was the last
+                        return Conversion(read_manifest(out), False)
+                    return _finish(work, sources, place, _about(raw_set, inputs, fingerprint, work))
+            except DataError:
+                if part.count == 1:
+                    place.remove()
+                raise
 
 
-def _fingerprint_file(path: Path, report: Report) -> dict[str, Any]:
-    digest, done, size = hashlib.sha256(), 0, path.stat().st_size
-    with path.open("rb") as stream:
-        while block := stream.read(HASH_BYTES):
-            digest.update(block)
-            done += len(block)
-            report(f"checksum {path.name}", done, size)
-    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
+def _hash_inputs(files: Sequence[Path], crew: Crew, report: Report) -> list[dict[str, Any]]:
+    """Name, bytes and SHA-256 of each raw file."""
+    found: dict[int, dict[str, Any]] = {}
+    total, done = sum(path.stat().st_size for path in files), 0
+    for number, told in crew.run(_hash_file, [(path,) for path in files]):
+        found[number] = told
+        done += told["bytes"]
+        report("checksums", done, total, "bytes")
+    return [found[number] for number in range(len(files))]
+
+
+def _hash_file(path: Path) -> dict[str, Any]:
+    with path.open("rb", buffering=0) as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
 def _fingerprint(inputs: list[dict[str, Any]], options: Options, generated: bool) -> str:
@@ -124,181 +166,171 @@ def _existing(out: Path, fingerprint: str, force: bool) -> dict | None:
     return manifest
 
 
-def _scan(raw_set: RawSet, options: Options, report: Report) -> Scan:
-    """Check every sample, take ids and count the words of the train split."""
-    scan = Scan()
-    for pairs in raw_set.pairs:
-        blocks, bad = [], []
-        done = 0
-        for ids, rejected in scan_pairs(pairs, VECTOR_DTYPES[options.vector_dtype]):
-            blocks.append(ids)
-            bad += rejected
-            done += len(ids)
-            report(f"check {pairs.source}", done, len(pairs))
-        _note(scan, pairs.source, np.concatenate(blocks), bad)
-        train = scan.usable[pairs.source] & ~in_validation(scan.ids[pairs.source], options.validation_fraction)
-        scan.train_words += sum(len((pairs.caption(row) or "").split()) for row in np.flatnonzero(train).tolist())
-    for text in raw_set.texts:
-        ids, words, bad = [], [], []
-        for record in text.records():
-            if isinstance(record, Rejected):
-                bad.append(record)
-            ids.append(1 if isinstance(record, Rejected) else text_id(record))
-            words.append(0 if isinstance(record, Rejected) else len(record.split()))
-            report(f"check {text.source}", len(ids), None)
-        _note(scan, text.source, np.array(ids, np.int64), bad)
-        train = ~in_validation(scan.ids[text.source], options.validation_fraction)
-        scan.train_words += int(np.array(words, np.int64)[train].sum())
-    return scan
+def _lay_out(raw_set: RawSet, place: Workplace, crew: Crew, report: Report) -> list[Sources]:
+    """Texts where any of them is found at once: a spool a source."""
+    items = (*raw_set.pairs, *raw_set.texts)
+    total, done = sum(len(pairs) for pairs in raw_set.pairs) or None, 0
+    paths = [place.own / item.source for item in items]
+    for _, records in crew.run(_spool, list(zip(items, paths, strict=True))):
+        done += records
+        report("read texts", done, None if raw_set.texts else total, "records")
+    cut = len(raw_set.pairs)
+    parts = tuple(vectors for pairs in raw_set.pairs for vectors in pairs.parts)
+    names = [item.source for item in items]
+    return [
+        Sources(modality, tuple(names[here]), tuple(paths[here]), vectors)
+        for modality, here, vectors in zip(MODALITIES, (slice(cut), slice(cut, None)), (parts, ()), strict=True)
+        if names[here]
+    ]
 
 
-def _note(scan: Scan, source: str, ids: np.ndarray, rejected: list[Rejected]) -> None:
-    scan.ids[source] = ids
-    usable = np.ones(len(ids), bool)
-    usable[[r.row for r in rejected]] = False
-    scan.usable[source] = usable
-    scan.rejected += rejected
+def _spool(item: RawPairs | RawText, path: Path) -> int:
+    write_spool(path, item.records())
+    return len(Spools([path]))
 
 
-def _check_rejected(scan: Scan, options: Options) -> None:
-    total, bad = sum(len(ids) for ids in scan.ids.values()), len(scan.rejected)
-    empty = [source for source, usable in scan.usable.items() if not usable.any()]
-    if bad <= options.max_reject_fraction * total and not empty:
+def _make_tokenizer(work: Work, sources: list[Sources], crew: Crew, report: Report) -> None:
+    """Take the given tokenizer, or train one on the train split, unless an interrupted try left it."""
+    if work.tokenizer.exists():
         return
-    reasons = Counter((r.source, "not UTF-8" if r.reason.startswith("line ") else r.reason) for r in scan.rejected)
-    listed = "; ".join(f"{source}: {n} x {reason}" for (source, reason), n in reasons.most_common(4))
-    first = f" (first: {scan.rejected[0].source} row {scan.rejected[0].row})" if scan.rejected else ""
-    if empty:
-        raise DataError(f"source {empty[0]} has no usable sample ({listed or 'it is empty'}){first}: mend it")
-    raise DataError(
-        f"{bad} of {total} samples rejected, more than --max-reject-fraction {options.max_reject_fraction}: "
-        f"{listed}{first}; mend the raw files or raise --max-reject-fraction"
-    )
+    if work.options.tokenizer is not None:
+        data = work.options.tokenizer.read_bytes()
+    else:
+        fates, words = _scan(sources, work.options, crew, report)
+        size = work.options.vocab_size or default_vocab_size(words)
+        report("train tokenizer", 0, None, "")
+        data = train_tokenizer(_train_texts(sources, fates), size).encode("utf-8")
+    unnamed = work.tokenizer.with_suffix(".part")
+    unnamed.write_bytes(data)
+    os.replace(unnamed, work.tokenizer)
 
 
-def _tokenizer(raw_set: RawSet, scan: Scan, options: Options, part: Path, report: Report) -> TextTokenizer:
-    """Train the tokenizer on the train split, or take the given one; it lies in `part` afterwards."""
-    target = part / TOKENIZER
-    if options.tokenizer is not None:
-        target.write_bytes(options.tokenizer.read_bytes())
-        return TextTokenizer(target)
-    size = options.vocab_size or default_vocab_size(scan.train_words)
-    report("train tokenizer", 0, None)
-    target.write_text(train_tokenizer(_train_texts(raw_set, scan, options), size), encoding="utf-8")
-    return TextTokenizer(target)
+def _scan(sources: list[Sources], options: Options, crew: Crew, report: Report) -> tuple[list[np.ndarray], int]:
+    """(the fate of every record, uint8 [N] for each modality; words of the train split). Raises DataError."""
+    tasks, places = [], []
+    fates = [np.zeros(len(Spools(each.spools)), np.uint8) for each in sources]
+    for at, each in enumerate(sources):
+        for low in range(0, len(fates[at]), SCAN_ROWS):
+            rows = range(low, min(low + SCAN_ROWS, len(fates[at])))
+            tasks.append((each, rows, options))
+            places.append((at, rows))
+    words, total, done = 0, sum(map(len, fates)), 0
+    counts, first = Counter[tuple[str, str]](), ""
+    for number, (found, trained, faults) in crew.run(scan, tasks):
+        at, rows = places[number]
+        fates[at][rows.start : rows.stop] = found
+        words += trained
+        counts += faults
+        done += len(rows)
+        report("check", done, total, "samples")
+    empty = []
+    for each, fate in zip(sources, fates, strict=True):
+        begins = Spools(each.spools).begins
+        bad = np.flatnonzero(fate == UNUSABLE)
+        if len(bad) and not first:
+            at = int(np.searchsorted(begins, bad[0], side="right")) - 1
+            first = f"{each.names[at]} row {bad[0] - begins[at]}"
+        spans = zip(each.names, itertools.pairwise(begins.tolist()), strict=True)
+        empty += [name for name, (low, high) in spans if not (fate[low:high] != UNUSABLE).any()]
+    _Rejects(total, counts, first, empty).check(options.max_reject_fraction)
+    return fates, words
 
 
-def _train_texts(raw_set: RawSet, scan: Scan, options: Options) -> Iterator[str]:
-    for pairs in raw_set.pairs:
-        for row in np.flatnonzero(_chosen(scan, pairs.source, "train", options)):
-            yield pairs.caption(int(row)) or ""
-    for text in raw_set.texts:
-        chosen = _chosen(scan, text.source, "train", options)
-        for row, record in enumerate(text.records()):
-            if chosen[row] and isinstance(record, str):
-                yield record
+def _train_texts(sources: list[Sources], fates: list[np.ndarray]) -> Iterator[str]:
+    for each, fate in zip(sources, fates, strict=True):
+        spools = Spools(each.spools)
+        for low in range(0, len(fate), SCAN_ROWS):
+            rows = low + np.flatnonzero(fate[low : low + SCAN_ROWS] == TRAIN)
+            yield from (text.decode("utf-8") for text in spools.texts(rows))
 
 
-def _chosen(scan: Scan, source: str, split: str, options: Options) -> np.ndarray:
-    """bool [N]: the usable rows of a source that belong to a split."""
-    validation = in_validation(scan.ids[source], options.validation_fraction)
-    return scan.usable[source] & (validation if split == "validation" else ~validation)
+def _divisions(sources: Iterable[Sources], options: Options) -> list[tuple[Sources, Division]]:
+    size, seed = options.samples_per_shard, options.shuffle_seed
+    return [(each, Division(len(Spools(each.spools)), size, seed, each.modality)) for each in sources]
 
 
-class _Shards:
-    """The shards of one source and split, each of at most `samples_per_shard`."""
-
-    def __init__(self, part: Path, labels: Labels, tokenizer: TextTokenizer, options: Options) -> None:
-        self._part, self._labels, self._tokenizer, self._options = part, labels, tokenizer, options
-        self._writer: ShardWriter | None = None
-        self.written: list[WrittenShard] = []
-
-    def add(self, samples: Sequence[Sample], ids: Sequence[int]) -> None:
-        """Append samples (`ids`: their image ids, 0 for text)."""
-        done, limit = 0, self._options.samples_per_shard
-        while done < len(samples):
-            if self._writer is None:
-                labels = dataclasses.replace(self._labels, number=len(self.written))
-                self._writer = ShardWriter(self._part, labels, self._tokenizer, self._options.vector_dtype)
-            take = min(len(samples) - done, limit - len(self._writer))
-            self._writer.add(samples[done : done + take], ids[done : done + take])
-            done += take
-            if len(self._writer) == limit:
-                self.close()
-
-    def close(self) -> None:
-        """Finish the open shard, if there is one."""
-        finished = self._writer.close() if self._writer is not None else None
-        if finished is not None:
-            self.written.append(finished)
-        self._writer = None
-
-
-def _write_pairs(
-    pairs: RawPairs, scan: Scan, options: Options, tokenizer: TextTokenizer, part: Path, report: Report
-) -> list[WrittenShard]:
-    """Shards of one NAME, shuffled within each split."""
-    written = []
-    ids = scan.ids[pairs.source]
-    for number, split in enumerate(SPLITS):
-        shards = _Shards(part, Labels(pairs.source, "pairs", split, 0), tokenizer, options)
-        rows = np.flatnonzero(_chosen(scan, pairs.source, split, options))
-        seed = [options.shuffle_seed, zlib.crc32(pairs.source.encode()), number]
-        rows = np.random.default_rng(seed).permutation(rows)
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            vectors = pairs.vectors(batch)
-            samples = [
-                Sample(sample_key(pairs.source, row), pairs.caption(row) or "", vector)
-                for row, vector in zip(batch.tolist(), vectors, strict=True)
-            ]
-            shards.add(samples, ids[batch].tolist())
-            report(f"write {pairs.source} {split}", start + len(batch), len(rows))
-        shards.close()
-        written += shards.written
-    return written
+def _build(
+    work: Work, sources: list[Sources], place: Workplace, part: Part, resume: bool, crew: Crew, report: Report
+) -> None:
+    """Make this part's blocks, and note each as finished once the disk holds it."""
+    every = [(each, division, n) for each, division in _divisions(sources, work.options) for n in range(len(division))]
+    mine = every[part.number - 1 :: part.count]
+    files = [place.block(each.modality, number) for each, _, number in mine]
+    if not resume:
+        for file in files:
+            file.unlink(missing_ok=True)
+    left = [at for at, file in enumerate(files) if not file.exists()]
+    total = _records(mine)
+    done = total - _records([mine[at] for at in left])
+    waiting: list[Future[None]] = []
+    with ThreadPoolExecutor(1, "flush") as flusher:
+        try:
+            for number, block in crew.run(build_block, [(work, *mine[at]) for at in left]):
+                at = left[number]
+                waiting.append(flusher.submit(_flush, block, work.target, files[at]))
+                while len(waiting) > FLUSHES_AHEAD:
+                    waiting.pop(0).result()
+                done += _records([mine[at]])
+                report("write shards", done, total, "samples")
+            for flushed in waiting:
+                flushed.result()
+        finally:
+            flusher.shutdown(wait=True, cancel_futures=True)
 
 
-def _write_texts(
-    text: RawText, scan: Scan, options: Options, tokenizer: TextTokenizer, part: Path, report: Report
-) -> list[WrittenShard]:
-    """Shards of one text file, in file order within each split."""
-    shards: dict[str, _Shards] = {}
-    pending: dict[str, list[Sample]] = {}
-    chosen = {split: _chosen(scan, text.source, split, options) for split in SPLITS}
-    for split in SPLITS:
-        shards[split], pending[split] = _Shards(part, Labels(text.source, "text", split, 0), tokenizer, options), []
-    total = len(scan.ids[text.source])
-    for row, record in enumerate(text.records()):
-        for split in SPLITS:
-            if chosen[split][row] and isinstance(record, str):
-                pending[split].append(Sample(sample_key(text.source, row), record, None))
-            if len(pending[split]) == BATCH:
-                shards[split].add(pending[split], [0] * BATCH)
-                pending[split].clear()
-                report(f"write {text.source}", row + 1, total)
-    written = []
-    for split in SPLITS:
-        shards[split].add(pending[split], [0] * len(pending[split]))
-        shards[split].close()
-        written += shards[split].written
-    report(f"write {text.source}", total, total)
-    return written
+def _records(blocks: Iterable[tuple[Sources, Division, int]]) -> int:
+    return sum(min(division.size, division.records - number * division.size) for _, division, number in blocks)
 
 
-def _about(
-    raw_set: RawSet,
-    inputs: list[dict[str, Any]],
-    fingerprint: str,
-    options: Options,
-    scan: Scan,
-    tokenizer: TextTokenizer,
-) -> dict[str, Any]:
+def _flush(block: Block, folder: Path, file: Path) -> None:
+    for entry in block.shards:
+        sync(folder / entry["file"])
+        sync(folder / entry["index"]["file"])
+    unnamed = file.with_suffix(".part")
+    unnamed.write_text(block.to_json())
+    sync(unnamed)
+    os.replace(unnamed, file)
+
+
+def _finish(work: Work, sources: list[Sources], place: Workplace, about: dict[str, Any]) -> Conversion:
+    """Bring the blocks of all parts together, where they are all there. Raises DataError."""
+    divisions = _divisions(sources, work.options)
+    files = [place.block(each.modality, number) for each, division in divisions for number in range(len(division))]
+    missing = sum(not file.exists() for file in files)
+    if missing:
+        return Conversion(None, True, missing)
+    names = [name for each in sources for name in each.names]
+    written: list[WrittenShard] = []
+    rejected: list[dict[str, Any]] = []
+    rounding = 0.0
+    for file in files:
+        block = Block.from_json(file.read_text())
+        written += map(WrittenShard, block.shards, (np.array(lengths, np.int64) for lengths in block.lengths))
+        rejected += block.rejected
+        rounding = max(rounding, block.rounding)
+    rejected.sort(key=lambda one: (names.index(one["source"]), one["row"]))
+    counts = Counter((one["source"], kind_of(one["reason"])) for one in rejected)
+    held = {name for shard in written for name in shard.entry["sources"]}
+    first = f"{rejected[0]['source']} row {rejected[0]['row']}" if rejected else ""
+    records = sum(division.records for _, division in divisions)
+    _Rejects(records, counts, first, [n for n in names if n not in held]).check(work.options.max_reject_fraction)
+    (place.set / REJECTED).write_text("".join(json.dumps(one, ensure_ascii=True) + "\n" for one in rejected))
+    (place.set / TOKENIZER).write_bytes(work.tokenizer.read_bytes())
+    by_source: dict[str, dict[str, int]] = {}
+    for (source, reason), count in counts.items():
+        by_source.setdefault(source, {})[reason] = count
+    about |= {"rounding_error": rounding, "rejected": {"total": len(rejected), "by_source": by_source}}
+    written.sort(key=lambda shard: (MODALITIES.index(shard.entry["modality"]), SPLITS.index(shard.entry["split"])))
+    manifest = write_manifest(place.set, written, about)
+    for name in (REJECTED, TOKENIZER, MANIFEST, manifest["lengths"]["file"]):
+        sync(place.set / name)
+    place.publish()
+    return Conversion(manifest, True)
+
+
+def _about(raw_set: RawSet, inputs: list[dict[str, Any]], fingerprint: str, work: Work) -> dict[str, Any]:
     """What the manifest tells beside its shards."""
-    by_source: dict[str, Counter[str]] = {}
-    for item in scan.rejected:
-        reason = "not UTF-8" if item.reason.startswith("line ") else item.reason
-        by_source.setdefault(item.source, Counter())[reason] += 1
+    options, tokenizer = work.options, TextTokenizer(work.tokenizer)
     return {
         "generated": raw_set.generated,
         "fingerprint": fingerprint,
@@ -306,5 +338,4 @@ def _about(
         "options": {**asdict(options), "tokenizer": None if options.tokenizer is None else tokenizer.sha256},
         "tokenizer": {"file": TOKENIZER, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
         "vector_dtype": options.vector_dtype,
-        "rejected": {"total": len(scan.rejected), "by_source": by_source},
     }

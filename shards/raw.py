@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import difflib
 import io
-import json
+import itertools
+import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from shards.record import VECTOR_SIZE, DataError, image_ids, sanitise_source
+from shards.captions import read_captions
+from shards.index import UNREADABLE
+from shards.record import VECTOR_SIZE, DataError, sanitise_source
 
 TEXT_ARCHIVE = "train_50M.zip"
 TEXT_MEMBERS = ("bnc_spoken", "childes", "gutenberg", "open_subtitles", "simple_wiki", "switchboard")
 GENERATED_MARK = "GENERATED.md"
 CAPTIONS_SUFFIX, VECTORS_SUFFIX = "_captions.json", "_dino_v2_states"
 MAX_RECORD_WORDS = 512
-SCAN_ROWS = 2048
+VECTOR_BYTES = 4 * VECTOR_SIZE
 HEADING = re.compile(r"\s*= = = .*= = =\s*")
 WORD = re.compile(r"\S+")
 BUFFER_BYTES = 1 << 20
@@ -41,56 +44,94 @@ class Rejected:
 
 
 @dataclass(frozen=True)
+class VectorFile:
+    """An .npy file of float32 vectors: how many, and where in the file they begin."""
+
+    path: Path
+    begin: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class RawPairs:
-    """The captions and vectors of one NAME; vectors are mapped, not read."""
+    """The captions and vectors of one NAME. Neither is held in memory."""
 
     source: str
-    captions: list[object]
-    parts: tuple[np.ndarray, ...]
-    files: tuple[Path, ...]
+    captions: Path
+    parts: tuple[VectorFile, ...]
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return sum(part.rows for part in self.parts)
 
-    def caption(self, row: int) -> str | None:
-        """The caption of a row, None when it is not a string."""
-        value = self.captions[row]
-        if isinstance(value, dict):
-            value = value.get("caption")
-        return value if isinstance(value, str) else None
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.captions, *(part.path for part in self.parts))
+
+    def records(self) -> Iterator[str | Rejected]:
+        """Stream the captions in order, an unusable one as Rejected.
+
+        Raises DataError when the file is damaged or does not hold as many captions as there are vectors.
+        """
+        row, vectors = -1, len(self)
+        for row, caption in enumerate(read_captions(self.captions)):
+            fault = caption_fault(caption)
+            if row < vectors:
+                yield caption if fault is None and caption is not None else Rejected(self.source, row, fault or "")
+        if row + 1 != vectors:
+            counted = " + ".join(f"{part.rows} in {part.path.name}" for part in self.parts)
+            raise DataError(
+                f"{self.captions.parent}: {row + 1} captions in {self.captions.name} but {vectors} vectors "
+                f"({counted}): row i must belong to caption i, get the files that belong together"
+            )
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """float32 [len(rows), V]: the vectors of `rows` across the concatenated parts."""
-        out = np.empty((len(rows), VECTOR_SIZE), dtype=np.float32)
-        start = 0
-        for part in self.parts:
-            here = (rows >= start) & (rows < start + len(part))
-            out[here] = part[rows[here] - start]
-            start += len(part)
-        return out
+        return read_vectors(self.parts, rows)
 
 
-def scan_pairs(pairs: RawPairs, dtype: np.dtype) -> Iterator[tuple[np.ndarray, list[Rejected]]]:
-    """Check all pairs against storing vectors as `dtype`, a block of rows at a time.
+def read_vectors(parts: Sequence[VectorFile], rows: np.ndarray) -> np.ndarray:
+    """float32 [len(rows), V]: the vectors of `rows` across the concatenated parts.
 
-    Yields (image ids int64 [n], rejected rows) for consecutive blocks.
+    Read, not mapped: mapped pages would count as this process's memory, and a file that shrinks would kill it.
+    Raises DataError when a file is shorter than it was.
     """
-    for start in range(0, len(pairs), SCAN_ROWS):
-        rows = np.arange(start, min(start + SCAN_ROWS, len(pairs)))
-        vectors = pairs.vectors(rows)
-        finite = np.all(np.isfinite(vectors), axis=1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            fits = np.all(np.isfinite(vectors.astype(dtype)), axis=1)
-        rejected = []
-        for at, row in enumerate(rows.tolist()):
-            reason = caption_fault(pairs.caption(row))
-            if reason is None and not finite[at]:
-                reason = "vector holds NaN or infinity"
-            if reason is None and not fits[at]:
-                reason = "vector overflows float16: use --vector-dtype float32"
-            if reason is not None:
-                rejected.append(Rejected(pairs.source, row, reason))
-        yield image_ids(vectors), rejected
+    out = np.empty((len(rows), VECTOR_SIZE), dtype="<f4")
+    into = memoryview(out.reshape(-1).view(np.uint8).data)
+    for part, inside, places in _by_part(parts, rows):
+        targets = (places * VECTOR_BYTES).tolist()
+        offsets = (part.begin + inside * VECTOR_BYTES).tolist()
+        breaks = np.flatnonzero((np.diff(inside) != 1) | (np.diff(places) != 1)) + 1
+        with part.path.open("rb", buffering=0) as stream:
+            file = stream.fileno()
+            for low, high in itertools.pairwise([0, *breaks.tolist(), len(inside)]):  # runs are read at once
+                offset, target, size = offsets[low], targets[low], (high - low) * VECTOR_BYTES
+                done = os.preadv(file, [into[target : target + size]], offset)
+                while done < size:  # one read may give less
+                    more = os.preadv(file, [into[target + done : target + size]], offset + done)
+                    if more == 0:
+                        raise DataError(f"{part.path} became shorter while it was read: get the file again")
+                    done += more
+    return out
+
+
+def read_ahead(parts: Sequence[VectorFile], rows: np.ndarray) -> None:
+    """Ask the disk for the vectors of `rows`, so that it can fetch them in its own order."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for part, inside, _ in _by_part(parts, rows):
+        with part.path.open("rb", buffering=0) as stream:
+            for offset in (part.begin + inside * VECTOR_BYTES).tolist():
+                os.posix_fadvise(stream.fileno(), offset, VECTOR_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+def _by_part(parts: Sequence[VectorFile], rows: np.ndarray) -> Iterator[tuple[VectorFile, np.ndarray, np.ndarray]]:
+    """(part, its own rows in ascending order, their places in `rows`) of the parts that hold any."""
+    order = np.argsort(rows, kind="stable")
+    begins = np.cumsum([0, *(part.rows for part in parts)])
+    cuts = np.searchsorted(rows[order], begins).tolist()
+    for part, begin, low, high in zip(parts, begins.tolist(), cuts, cuts[1:], strict=False):
+        if high > low:
+            yield part, rows[order[low:high]] - begin, order[low:high]
 
 
 def caption_fault(caption: str | None) -> str | None:
@@ -260,41 +301,17 @@ def _open_pairs(directory: Path, name: str, names: list[str]) -> RawPairs:
     if len(present) == 1:
         absent = halves[1] if present[0] == halves[0] else halves[0]
         raise _missing(directory, absent, f"its other half {present[0]} is there", names)
-    vector_names = present or [single]
-    captions = _load_captions(directory / captions_name)
-    parts = tuple(_load_vectors(directory / vector_name) for vector_name in vector_names)
-    total = sum(len(part) for part in parts)
-    if total != len(captions):
-        counted = " + ".join(f"{len(p)} in {n}" for p, n in zip(parts, vector_names, strict=True))
-        raise DataError(
-            f"{name}: {len(captions)} captions in {captions_name} but {total} vectors ({counted}): "
-            "row i must belong to caption i, get the files that belong together"
-        )
-    files = (directory / captions_name, *(directory / vector_name for vector_name in vector_names))
-    return RawPairs(sanitise_source(name), captions, parts, files)
+    parts = tuple(_open_vectors(directory / vectors) for vectors in present or [single])
+    return RawPairs(sanitise_source(name), directory / captions_name, parts)
 
 
-def _load_captions(path: Path) -> list[object]:
-    try:
-        captions = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}): get the file again") from None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    if not isinstance(captions, list) or not captions:
-        raise DataError(
-            f'{path} holds no captions: expected a JSON list of strings or of {{"caption": ...}} objects, '
-            f"found {'an empty list' if captions == [] else type(captions).__name__}"
-        )
-    return captions
-
-
-def _load_vectors(path: Path) -> np.ndarray:
+def _open_vectors(path: Path) -> VectorFile:
+    """The place and number of the vectors of a file, from its header and size."""
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} is not a whole .npy file ({error}): get the file again") from None
-    if not isinstance(vectors, np.ndarray):
+    if not isinstance(vectors, np.memmap):
         raise DataError(f"{path} is an .npz archive: expected a plain .npy array")
     if vectors.ndim != 2 or vectors.shape[1] != VECTOR_SIZE:
         raise DataError(f"{path} has shape {vectors.shape}: expected (N, {VECTOR_SIZE}), one DINOv2 vector a caption")
@@ -303,7 +320,11 @@ def _load_vectors(path: Path) -> np.ndarray:
             f"{path} has dtype {vectors.dtype.str}: expected little-endian float32, convert it with "
             "numpy.save(NEW, numpy.load(OLD).astype('<f4'))"
         )
-    return vectors
+    if not vectors.flags.c_contiguous:
+        raise DataError(
+            f"{path} lies in Fortran order: convert it with numpy.save(NEW, numpy.ascontiguousarray(numpy.load(OLD)))"
+        )
+    return VectorFile(path, vectors.offset, len(vectors))
 
 
 def _open_texts(directory: Path, names: list[str]) -> tuple[RawText, ...]:

@@ -1,14 +1,14 @@
-"""One sample <-> the members of a WebDataset tar: `SOURCE-ROW.txt` and, for pairs, `SOURCE-ROW.npy`.
+"""Samples -> the members of a WebDataset tar: `SOURCE-ROW.txt` and, for pairs, `SOURCE-ROW.npy`; ids of contents.
 
 Headers are plain USTAR with mtime 0 and no owner, so that the same input gives the same bytes.
-Symbols: N samples, V width of a vision vector (768).
+Symbols: N samples, M members, V width of a vision vector (768).
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,12 +28,12 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A caption with its vector [V], or a text record (vector None)."""
+class Samples:
+    """N captions with their vectors [N, V] in the dtype that shards store, or N text records (vectors None)."""
 
-    key: str
-    text: str
-    vector: np.ndarray | None
+    keys: Sequence[bytes]
+    texts: Sequence[bytes]  # UTF-8
+    vectors: np.ndarray | None
 
 
 def sanitise_source(name: str) -> str:
@@ -54,9 +54,9 @@ def sanitise_source(name: str) -> str:
     return source
 
 
-def sample_key(source: str, row: int) -> str:
+def sample_key(source: str, row: int) -> bytes:
     """`SOURCE-ROW`, ROW zero-padded to 9 digits: the key WebDataset groups members by."""
-    return f"{source}-{row:09d}"
+    return b"%b-%09d" % (source.encode("ascii"), row)
 
 
 def content_id(data: bytes | memoryview) -> int:
@@ -78,28 +78,38 @@ def image_ids(vectors: np.ndarray) -> np.ndarray:
     """
     with np.errstate(over="ignore", invalid="ignore"):
         rounded = np.ascontiguousarray(vectors, dtype="<f2")
-    return np.fromiter((content_id(row.data) for row in rounded), dtype=np.int64, count=len(rounded))
+    hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, rounded), dtype=np.uint64, count=len(rounded))
+    return np.where(hashes == 0, np.uint64(1), hashes).view(np.int64)
 
 
-def text_id(text: str) -> int:
-    """The id of a text record, which decides its split."""
-    return content_id(text.encode("utf-8"))
+def text_ids(texts: Sequence[bytes]) -> np.ndarray:
+    """int64 [N]: the ids of text records (UTF-8), which decide their split."""
+    return np.array([content_id(text) for text in texts], dtype=np.int64)
 
 
-def tar_header(name: str, size: int) -> bytes:
-    """A USTAR header block for a regular file of `size` bytes: mode 0644, mtime 0, uid/gid 0, no owner."""
-    encoded = name.encode("ascii")
-    assert len(encoded) <= 100
-    assert size < 8**11
-    head = encoded.ljust(100, b"\0") + b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size + b"00000000000\0"
-    tail = b"0" + bytes(100) + b"ustar\x0000"
-    checksum = sum(head) + sum(tail) + 8 * 32
-    return (head + b"%06o\0 " % checksum + tail).ljust(BLOCK_BYTES, b"\0")
+def tar_headers(names: Sequence[bytes], sizes: np.ndarray) -> np.ndarray:
+    """uint8 [M, 512]: USTAR headers of regular files of `sizes` bytes: mode 0644, mtime 0, uid/gid 0, no owner."""
+    assert max(map(len, names)) <= 100
+    assert sizes.max() < 8**11
+    headers = np.tile(_HEADER, (len(names), 1))
+    headers[:, :100] = np.array(names, dtype="S100").view(np.uint8).reshape(-1, 100)
+    headers[:, 124:135] = _octal(sizes, 11)
+    sums = headers.sum(axis=1, dtype=np.int64) + 8 * ord(" ")  # the checksum's own field counts as blanks
+    headers[:, 148:154] = _octal(sums, 6)
+    headers[:, 155] = ord(" ")
+    return headers
 
 
-def padding(size: int) -> bytes:
-    """The zeros that fill a member of `size` bytes up to a whole block."""
-    return bytes(-size % BLOCK_BYTES)
+_HEADER = np.zeros(BLOCK_BYTES, np.uint8)
+for _at, _text in ((100, b"0000644"), (108, b"0000000"), (116, b"0000000"), (136, b"0" * 11), (156, b"0")):
+    _HEADER[_at : _at + len(_text)] = np.frombuffer(_text, np.uint8)
+_HEADER[257:265] = np.frombuffer(b"ustar\x0000", np.uint8)
+
+
+def _octal(values: np.ndarray, digits: int) -> np.ndarray:
+    """uint8 [M, digits]: each value in octal ASCII digits."""
+    shifts = 3 * np.arange(digits - 1, -1, -1)
+    return ((values[:, None] >> shifts & 7) + ord("0")).astype(np.uint8)
 
 
 def npy_header(dtype: np.dtype) -> bytes:
@@ -109,47 +119,38 @@ def npy_header(dtype: np.dtype) -> bytes:
     return buffer.getvalue()
 
 
-def parse_npy(data: bytes, name: str) -> tuple[np.dtype, int]:
-    """(dtype, bytes before the raw floats) of an .npy member that must hold one vector of V floats.
+def tar_members(samples: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The members of samples, as they stand in a tar one after the other.
 
-    Raises DataError naming the member when it is anything else; nothing is unpickled.
+    Returns (bytes uint8 [size], where each text begins int64 [N], where the floats of each vector begin int64 [N]).
     """
-    buffer = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(buffer)
-        if version == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(buffer)
-        else:
-            shape, _, dtype = np.lib.format.read_array_header_2_0(buffer)
-    except ValueError as error:
-        raise DataError(f"{name}: not an .npy array ({error})") from None
-    if dtype not in VECTOR_DTYPES.values() or int(np.prod(shape)) != VECTOR_SIZE:
-        raise DataError(f"{name}: expected {VECTOR_SIZE} little-endian float16 or float32, found {dtype} {shape}")
-    if len(data) != buffer.tell() + VECTOR_SIZE * dtype.itemsize:
-        raise DataError(f"{name}: {len(data)} bytes do not match its own header {dtype} {shape}")
-    return dtype, buffer.tell()
+    sizes = np.fromiter(map(len, samples.texts), np.int64, len(samples.texts))
+    text_blocks = -(-sizes // BLOCK_BYTES)
+    vectors = None if samples.vectors is None else _npy_files(samples.vectors)
+    blocks = 1 + text_blocks + (0 if vectors is None else 1 + vectors.shape[1])
+    begins = np.cumsum(blocks) - blocks
+    data = np.zeros((int(blocks.sum()), BLOCK_BYTES), np.uint8)
+    data[begins] = tar_headers([key + b".txt" for key in samples.keys], sizes)
+    text_at = (begins + 1) * BLOCK_BYTES
+    flat = data.reshape(-1)
+    joined = np.frombuffer(b"".join(samples.texts), np.uint8)
+    flat[np.repeat(text_at - (np.cumsum(sizes) - sizes), sizes) + np.arange(len(joined))] = joined
+    if samples.vectors is None or vectors is None:
+        return flat, text_at, np.full(len(sizes), -1)
+    at = begins + 1 + text_blocks
+    header = len(npy_header(samples.vectors.dtype))
+    size = header + samples.vectors[0].nbytes
+    data[at] = tar_headers([key + b".npy" for key in samples.keys], np.full(len(sizes), size))
+    data[at[:, None] + np.arange(1, 1 + vectors.shape[1])] = vectors
+    return flat, text_at, (at + 1) * BLOCK_BYTES + header
 
 
-def to_members(sample: Sample, dtype: np.dtype) -> list[tuple[str, bytes]]:
-    """The tar members (name, payload) of a sample, the vector stored as `dtype`."""
-    members = [(f"{sample.key}.txt", sample.text.encode("utf-8"))]
-    if sample.vector is not None:
-        members.append((f"{sample.key}.npy", npy_header(dtype) + sample.vector.astype(dtype).tobytes()))
-    return members
-
-
-def from_members(key: str, members: Mapping[str, bytes]) -> Sample:
-    """The sample of the payloads of `key` by extension ("txt", and "npy" for pairs).
-
-    Raises DataError when the text is missing or not UTF-8, or the vector is not one of V floats.
-    """
-    if "txt" not in members:
-        raise DataError(f"sample {key} has no .txt member")
-    try:
-        text = members["txt"].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{key}.txt is not UTF-8 (byte {error.start})") from None
-    if "npy" not in members:
-        return Sample(key, text, None)
-    dtype, start = parse_npy(members["npy"], f"{key}.npy")
-    return Sample(key, text, np.frombuffer(members["npy"], dtype=dtype, offset=start))
+def _npy_files(vectors: np.ndarray) -> np.ndarray:
+    """uint8 [N, blocks, 512]: each vector as an .npy file, filled up to whole blocks."""
+    header = np.frombuffer(npy_header(vectors.dtype), np.uint8)
+    size = len(header) + vectors[0].nbytes
+    blocks = -(-size // BLOCK_BYTES)
+    files = np.zeros((len(vectors), blocks * BLOCK_BYTES), np.uint8)
+    files[:, : len(header)] = header
+    files[:, len(header) : size] = vectors.view(np.uint8)
+    return files.reshape(-1, blocks, BLOCK_BYTES)

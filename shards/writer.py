@@ -1,18 +1,14 @@
-"""Records -> shards and their indexes, in a directory that appears whole or not at all.
+"""Samples -> shards and their indexes, and the manifest of a set of them.
 
 Symbols: N samples, V width of a vision vector.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +16,7 @@ from typing import Any
 import numpy as np
 
 from shards.index import NO_VECTOR, PLAIN_TEXT, RAW_DTYPES, Counted, IndexBuilder, Members, index_path
-from shards.record import (
-    BLOCK_BYTES,
-    VECTOR_DTYPES,
-    VECTOR_SIZE,
-    DataError,
-    Sample,
-    npy_header,
-    padding,
-    tar_header,
-    to_members,
-)
+from shards.record import BLOCK_BYTES, VECTOR_DTYPES, VECTOR_SIZE, DataError, Samples, tar_members
 from shards.tokenizer import TextTokenizer
 
 FORMAT = "bitmar-shards/2"
@@ -81,14 +67,13 @@ class Options:
 class Labels:
     """What a shard holds, as its name and its manifest entry say."""
 
-    source: str
     modality: str
     split: str
     number: int
 
     @property
     def file(self) -> str:
-        return f"{self.source}-{self.split}-{self.number:05d}.tar"
+        return f"{self.modality}-{self.split}-{self.number:05d}.tar"
 
 
 @dataclass(frozen=True)
@@ -102,40 +87,40 @@ class WrittenShard:
 class ShardWriter:
     """Writes one shard and its index."""
 
-    def __init__(self, directory: Path, labels: Labels, tokenizer: TextTokenizer, vector_dtype: str) -> None:
+    def __init__(self, directory: Path, labels: Labels, tokenizer: TextTokenizer) -> None:
         self._path, self._labels = directory / labels.file, labels
-        self._dtype = VECTOR_DTYPES[vector_dtype]
-        self._kind = next(kind for kind, dtype in RAW_DTYPES.items() if dtype == self._dtype)
-        self._npy_header_bytes = len(npy_header(self._dtype))
         self._builder = IndexBuilder(tokenizer)
-        self._stream = self._path.open("wb")
+        self._stream = self._path.open("wb", buffering=0)
         self._sha, self._bytes = hashlib.sha256(), 0
 
     def __len__(self) -> int:
         return len(self._builder)
 
-    def add(self, samples: Sequence[Sample], ids: Sequence[int]) -> None:
-        """Append samples with their image ids (0 for text)."""
-        pieces: list[bytes] = []
-        rows: list[tuple[int, ...]] = []
-        at = self._bytes
-        for sample, image_id in zip(samples, ids, strict=True):
-            (_, text), *vector = members = to_members(sample, self._dtype)
-            text_at, crc, place = at + BLOCK_BYTES, zlib.crc32(text), (-1, 0, NO_VECTOR)
-            for name, payload in members:
-                pieces += [tar_header(name, len(payload)), payload, padding(len(payload))]
-                at += BLOCK_BYTES + -(-len(payload) // BLOCK_BYTES) * BLOCK_BYTES
-            if vector:
-                raw = memoryview(vector[0][1])[self._npy_header_bytes :]
-                begin = at - -(-len(vector[0][1]) // BLOCK_BYTES) * BLOCK_BYTES + self._npy_header_bytes
-                place, crc = (begin, len(raw), self._kind), zlib.crc32(raw, crc)
-            rows.append((text_at, len(text), PLAIN_TEXT, *place, crc, image_id))
-        self._write(b"".join(pieces))
-        table = np.array(rows, np.int64).reshape(-1, len(_COLUMNS))
-        columns: dict[str, np.ndarray] = dict(zip(_COLUMNS, table.T, strict=True))
-        columns["source"] = np.zeros(len(samples), np.int64)
-        keys = [sample.key.encode("utf-8") for sample in samples]
-        self._builder.add(Members(keys, [sample.text for sample in samples], [self._labels.source], columns))
+    def add(self, samples: Samples, ids: np.ndarray, names: tuple[str, ...], source: np.ndarray) -> None:
+        """Append samples with their image ids int64 [N] (0 for text) and sources int64 [N] into `names`."""
+        data, text_at, vector_at = tar_members(samples)
+        size = len(samples.texts)
+        kind, vector_bytes = NO_VECTOR, 0
+        crcs = map(zlib.crc32, samples.texts)
+        if samples.vectors is not None:
+            kind = next(kind for kind, dtype in RAW_DTYPES.items() if dtype == samples.vectors.dtype)
+            vector_bytes = samples.vectors.dtype.itemsize * VECTOR_SIZE
+            crcs = map(zlib.crc32, samples.vectors, crcs)
+        columns = {
+            "text_offset": self._bytes + text_at,
+            "text_size": np.fromiter(map(len, samples.texts), np.int64, size),
+            "text_kind": np.full(size, PLAIN_TEXT),
+            "vector_offset": np.where(vector_at < 0, -1, self._bytes + vector_at),
+            "vector_size": np.full(size, vector_bytes),
+            "vector_kind": np.full(size, kind),
+            "crc32": np.fromiter(crcs, np.int64, size),
+            "image_id": ids,
+        }
+        present, columns["source"] = np.unique(source, return_inverse=True)
+        texts = [text.decode("utf-8") for text in samples.texts]
+        sources: list[str] = [names[number] for number in present.tolist()]
+        self._builder.add(Members(samples.keys, texts, sources, columns))
+        self._write(data.data)
 
     def close(self) -> WrittenShard | None:
         """Finish the shard: tar trailer, index, entry. None, and no file, when it holds no sample."""
@@ -144,19 +129,16 @@ class ShardWriter:
             self._path.unlink()
             return None
         end = -(-(self._bytes + 2 * BLOCK_BYTES) // RECORD_BYTES) * RECORD_BYTES
-        self._write(bytes(end - self._bytes))
+        self._write(memoryview(bytes(end - self._bytes)))
         self._stream.close()
-        index = index_path(self._path)
-        counted = self._builder.write(index, self._bytes)
+        counted = self._builder.write(index_path(self._path), self._bytes)
         return describe(self._path, self._labels, counted, self._sha.hexdigest())
 
-    def _write(self, data: bytes) -> None:
-        self._stream.write(data)
+    def _write(self, data: memoryview) -> None:
         self._sha.update(data)
         self._bytes += len(data)
-
-
-_COLUMNS = ("text_offset", "text_size", "text_kind", "vector_offset", "vector_size", "vector_kind", "crc32", "image_id")
+        while len(data):
+            data = data[self._stream.write(data) :]
 
 
 def describe(tar: Path, labels: Labels, counted: Counted, sha256: str) -> WrittenShard:
@@ -211,34 +193,6 @@ def write_manifest(directory: Path, shards: Sequence[WrittenShard], about: dict[
     }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
-
-
-@contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """A locked directory beside `out` that takes its place when the block ends well, else is removed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    part.mkdir(exist_ok=True)
-    lock = os.open(part, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another conversion is writing to {out}: wait for it to end") from None
-        try:
-            for leftover in part.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            yield part
-            old = out.with_name(f".{out.name}.old")
-            if out.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.rename(out, old)
-            os.rename(part, out)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

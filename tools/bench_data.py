@@ -58,7 +58,7 @@ class Records:
             make(raw, seed=0, images=1000, words=2000)
         pairs = open_raw(raw).pairs[0]
         self.kind = "real captions" if raw == REAL else "generated captions"
-        self.captions = [pairs.caption(row) or "" for row in range(len(pairs))] * repeats
+        self.captions = [str(caption) for caption in pairs.records()] * repeats
         vectors = pairs.vectors(np.arange(len(pairs)))
         shifts = np.random.default_rng(0).standard_normal((repeats, 1, VECTOR_SIZE)).astype("<f4") * 0.1
         self.vectors = np.concatenate([vectors + shift for shift in shifts]).astype("<f4")
@@ -302,12 +302,12 @@ def make_sparse_set(out: Path, tokenizer: Path, shards: int) -> None:
     written = []
     first: Path | None = None
     for number in range(shards):
-        tar = out / Labels("x", "pairs", "train", number).file
+        tar = out / Labels("pairs", "train", number).file
         with tar.open("wb") as stream:
             stream.truncate(SEEK_SAMPLES * size)
         if first is None:
             counted = builder.write(index_path(tar), SEEK_SAMPLES * size)
-            described, first = describe(tar, Labels("x", "pairs", "train", number), counted, "0" * 64), tar
+            described, first = describe(tar, Labels("pairs", "train", number), counted, "0" * 64), tar
         else:
             index_path(tar).hardlink_to(index_path(first))
         index = {**described.entry["index"], "file": index_path(tar).name}

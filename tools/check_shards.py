@@ -119,7 +119,7 @@ def rebuild(directory: Path, tokenizer_file: Path | None, validation: Sequence[s
                     f"{tar}: some samples have a vector and others have none: put them into tars of their own"
                 )
             split = "validation" if tar.name in validation else "train"
-            labels = Labels("", "pairs" if kinds == {True} else "text", split, 0)
+            labels = Labels("pairs" if kinds == {True} else "text", split, 0)
             written.append(describe(tar, labels, counted, file_sha256(tar)))
     about = {
         "generated": False,

@@ -3,30 +3,56 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
-from rich.progress import Progress, TaskID
-from rich.table import Table
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
-from shards.convert import convert
+from shards.convert import Conversion, convert
 from shards.record import VECTOR_DTYPES, DataError
+from shards.workplace import Part
 from shards.writer import MANIFEST, REJECTED, Options
+from tools.plot_shards import closing_table, draw_plots
+
+
+class Rate(ProgressColumn):
+    """How many units a second."""
+
+    def render(self, task: Task) -> Text:
+        speed, unit = task.finished_speed or task.speed, task.fields["unit"]
+        if not speed or not unit:
+            return Text("")
+        if unit == "bytes":
+            return Text(f"{decimal(int(speed))}/s")
+        return Text(f"{speed:,.0f} {unit}/s")
 
 
 class Bars:
-    """A progress bar a stage on a terminal; one plain line a stage elsewhere."""
+    """A progress bar a stage, with rate and time left, on a terminal; one plain line a stage elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress = Progress(console=console) if console.is_terminal else None
+        bar, share, left = BarColumn(), TaskProgressColumn(), TimeRemainingColumn(elapsed_when_finished=True)
+        columns = (TextColumn("{task.description}"), bar, share, Rate(), left)
+        self._progress = Progress(*columns, console=console) if console.is_terminal else None
         self._stage, self._task = "", TaskID(0)
 
     def __enter__(self) -> Bars:
@@ -40,8 +66,8 @@ class Bars:
         if self._progress is not None:
             self._progress.stop()
 
-    def report(self, stage: str, done: int, total: int | None) -> None:
-        """Note that `done` of `total` (None: not known) of a stage are done."""
+    def report(self, stage: str, done: int, total: int | None, unit: str) -> None:
+        """Note that `done` of `total` units (None: not known) of a stage are done."""
         begins = stage != self._stage
         self._stage = stage
         if self._progress is None:
@@ -49,7 +75,7 @@ class Bars:
                 self._console.print(stage, highlight=False)
             return
         if begins:
-            self._task = self._progress.add_task(stage, total=total)
+            self._task = self._progress.add_task(stage, total=total, unit=unit)
         self._progress.update(self._task, completed=done)
 
 
@@ -61,45 +87,71 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="directory to make; reused when it is there")
     parser.add_argument("--vocab-size", type=int, help="default: by the number of words, 512 to 16384")
     parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.json instead of training one")
-    parser.add_argument("--samples-per-shard", type=int, default=defaults.samples_per_shard)
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=defaults.samples_per_shard,
+        help="raw records of a pair of shards: those of the train split go into one, those held out into the other",
+    )
     parser.add_argument("--validation-fraction", type=float, default=defaults.validation_fraction)
-    parser.add_argument("--vector-dtype", choices=sorted(VECTOR_DTYPES), default=defaults.vector_dtype)
+    parser.add_argument(
+        "--vector-dtype",
+        choices=sorted(VECTOR_DTYPES),
+        default=defaults.vector_dtype,
+        help="how vectors are stored; the largest rounding error is printed",
+    )
     parser.add_argument(
         "--max-reject-fraction",
         type=float,
         default=defaults.max_reject_fraction,
         help="stop when more of all samples than this are unusable",
     )
-    parser.add_argument("--shuffle-seed", type=int, default=defaults.shuffle_seed)
+    parser.add_argument(
+        "--shuffle-seed", type=int, default=defaults.shuffle_seed, help="of the shuffle of all sources over the shards"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="make the I-th of N shares, such as a node's; the last one to end completes the set",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted conversion stopped")
     parser.add_argument("--force", action="store_true", help="replace shards of other inputs or options")
     return parser.parse_args(arguments)
 
 
-def summary(manifest: dict[str, Any]) -> Table:
-    """A table of what was made: a line a source and split."""
-    table = Table(title="GENERATED data, not BabyLM" if manifest["generated"] else None)
-    for name in ("source", "split", "samples", "words", "tokens", "bytes", "rejected"):
-        table.add_column(name, justify="left" if name in ("source", "split") else "right")
-    sums: dict[tuple[str, str], list[int]] = {}
-    for entry in manifest["shards"]:
-        (source,) = entry["sources"]
-        line = sums.setdefault((source, entry["split"]), [0, 0, 0, 0])
-        for at, name in enumerate(("samples", "words", "tokens", "bytes")):
-            line[at] += entry[name]
-    told: set[str] = set()
-    for (source, split), line in sums.items():
-        rejected = sum(manifest["rejected"]["by_source"].get(source, {}).values())
-        table.add_row(source, split, *[f"{n:,}" for n in line], "" if source in told else f"{rejected:,}")
-        told.add(source)
-    return table
+def explain(error: DataError | OSError) -> str:
+    """One line that says what would do."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'the disk'}: no space left: make room, then go on with --resume"
+    return str(error)
+
+
+def tell(console: Console, out: Path, done: Conversion, part: Part) -> None:
+    """What was made, and where it lies."""
+    manifest = done.manifest
+    if manifest is None:
+        console.print(f"part {part} is done; {done.missing} blocks of other parts are missing: the last part completes")
+        return
+    console.print(closing_table(manifest))
+    if manifest["rejected"]["total"]:
+        console.print(f"{manifest['rejected']['total']} samples rejected, listed in {out / REJECTED}")
+    if manifest["vector_dtype"] != "float32" and "pairs" in {source["modality"] for source in manifest["sources"]}:
+        console.print(f"largest rounding error of a number stored as float16: {manifest['rounding_error']:.3g}")
+    for plot in draw_plots(out):
+        console.print(f"{plot} drawn", soft_wrap=True)
+    console.print(f"{out / MANIFEST}: {'written' if done.made else 'already there'}", soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the conversion; returns 0, or 2 after a user's mistake."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     args = parse(arguments)
+    if args.jobs == 1:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     console = Console() if sys.stdout.isatty() else Console(width=120)
     try:
+        part = Part.parse(args.part)
         options = Options(
             vocab_size=args.vocab_size,
             tokenizer=args.tokenizer,
@@ -110,17 +162,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shuffle_seed=args.shuffle_seed,
         )
         with Bars(console) as bars:
-            manifest, made = convert(args.raw, args.out, options, force=args.force, report=bars.report)
+            done = convert(
+                args.raw,
+                args.out,
+                options,
+                report=bars.report,
+                force=args.force,
+                jobs=args.jobs,
+                part=part,
+                resume=args.resume,
+            )
+        tell(console, args.out, done, part)
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("error: interrupted, nothing was written", file=sys.stderr)
+        print(f"error: interrupted; {args.out} is not made, the same command with --resume goes on", file=sys.stderr)
         return 130
-    console.print(summary(manifest))
-    if manifest["rejected"]["total"]:
-        console.print(f"{manifest['rejected']['total']} samples rejected, listed in {args.out / REJECTED}")
-    console.print(f"{args.out / MANIFEST}: {'written' if made else 'already there'}", soft_wrap=True)
     return 0
 
 

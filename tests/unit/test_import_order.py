@@ -21,12 +21,18 @@ MAX_FUNCTION_LINES = 80
 # other. A package stands for those of its files that have no line of their own.
 ORDER = """
 shards.record
+shards.captions
 shards.memo
 shards.tokenizer
 shards.index
 shards.foreign
 shards.raw
+shards.division
 shards.writer
+shards.spool
+shards.blocks
+shards.workplace
+shards.crew
 shards.convert
 shards.corpus
 shards.streams

@@ -70,14 +70,17 @@ def small_raw(directory: Path) -> Path:
     return directory
 
 
-def silent(stage: str, done: int, total: int | None) -> None:
+def silent(stage: str, done: int, total: int | None, unit: str) -> None:
     """A report that says nothing."""
 
 
-def make(raw: Path, out: Path, force: bool = False, **options: object) -> dict:
+def make(raw: Path, out: Path, force: bool = False, resume: bool = False, jobs: int = 1, **options: object) -> dict:
     """Convert without a word; returns the manifest."""
     settings = {"validation_fraction": 0.2, **options}
-    return convert(raw, out, Options(**settings), force=force, report=silent)[0]  # type: ignore[arg-type]
+    chosen = Options(**settings)  # type: ignore[arg-type]
+    manifest = convert(raw, out, chosen, force=force, resume=resume, jobs=jobs, report=silent).manifest
+    assert manifest is not None
+    return manifest
 
 
 def tree(directory: Path) -> dict[str, bytes]:

@@ -8,15 +8,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shards import convert as convert_module
-from shards.convert import in_validation
+from shards.blocks import in_validation, rounding_error
+from shards.convert import convert
+from shards.division import Division
 from shards.index import index_path, load_columns
 from shards.raw import open_raw
 from shards.record import DataError, image_ids
 from shards.tokenizer import TextTokenizer
+from shards.workplace import Part
 from shards.writer import Options
-from tests.unit.shards.making import captions_of, make, small_raw, text_of, tree, vectors_of, write_pairs, write_zip
+from tests.unit.shards.making import (
+    captions_of,
+    make,
+    silent,
+    small_raw,
+    text_of,
+    tree,
+    vectors_of,
+    write_pairs,
+    write_zip,
+)
 
 
 def test_two_conversions_give_the_same_bytes(small_raw_dir: Path, small_dir: Path, tmp_path: Path) -> None:
@@ -25,8 +40,82 @@ def test_two_conversions_give_the_same_bytes(small_raw_dir: Path, small_dir: Pat
     assert tree(tmp_path / "out") == tree(small_dir)
     make(small_raw_dir, tmp_path / "other", samples_per_shard=50, shuffle_seed=1)
     names = [name for name, data in tree(tmp_path / "other").items() if data != tree(small_dir).get(name)]
-    assert any(name.startswith("flickr-train") for name in names)
-    assert not any(name.startswith("childes") and name.endswith(".tar") for name in names)
+    assert {name.split("-")[0] for name in names if name.endswith(".tar")} == {"pairs", "text"}
+    assert "tokenizer.json" not in names  # it is trained before anything is shuffled
+
+
+def test_processes_and_parts_make_the_same_bytes(small_raw_dir: Path, small_dir: Path, tmp_path: Path) -> None:
+    make(small_raw_dir, tmp_path / "two", samples_per_shard=50, jobs=2)
+    assert tree(tmp_path / "two") == tree(small_dir)
+    out = tmp_path / "parts"
+    options = Options(samples_per_shard=50, validation_fraction=0.2)
+    for number in (3, 1):
+        done = convert(small_raw_dir, out, options, part=Part(number, 3), report=silent)
+        assert done.manifest is None
+        assert done.missing > 0
+        assert not out.exists()
+    assert convert(small_raw_dir, out, options, part=Part(2, 3), report=silent).manifest is not None
+    assert tree(out) == tree(small_dir)
+    assert not convert(small_raw_dir, out, options, part=Part(1, 3), report=silent).made
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "two"]
+
+
+def test_a_shard_holds_the_records_of_its_division_from_all_sources(small_raw_dir: Path, small_dir: Path) -> None:
+    raw = open_raw(small_raw_dir)
+    for modality, items in (("pairs", raw.pairs), ("text", raw.texts)):
+        numbering = [f"{item.source}-{row:09d}" for item in items for row in range(len(list(item.records())))]
+        division = Division(len(numbering), 50, 0, modality)
+        mixed = 0
+        for number in range(len(division)):
+            block = [numbering[record] for record in division.block(number).tolist()]
+            held = {}
+            for split in ("train", "validation"):
+                tar = small_dir / f"{modality}-{split}-{number:05d}.tar"
+                if tar.exists():
+                    held |= dict.fromkeys(k.decode() for k in load_columns(index_path(tar), ["keys"])["keys"].tolist())
+                    sources = [name.decode() for name in load_columns(index_path(tar), ["sources"])["sources"].tolist()]
+                    assert sources == sorted({key.rpartition("-")[0] for key in held} & set(sources))
+                    mixed += len(sources) > 1
+                    keys = load_columns(index_path(tar), ["keys"])["keys"].tolist()
+                    assert keys == [key.encode() for key in block if key.encode() in set(keys)]  # the block's order
+            assert set(held) == set(block)
+        assert mixed > len(division)
+
+
+def test_a_rejected_record_leaves_a_gap_and_moves_nothing(small_raw_dir: Path, small_dir: Path, tmp_path: Path) -> None:
+    raw = shutil.copytree(small_raw_dir, tmp_path / "raw")
+    captions = json.loads((raw / "flickr_captions.json").read_text())
+    captions[17] = ""
+    (raw / "flickr_captions.json").write_text(json.dumps(captions))
+    settings = {"samples_per_shard": 50, "tokenizer": small_dir / "tokenizer.json", "max_reject_fraction": 0.1}
+    make(raw, tmp_path / "out", **settings)
+    make(small_raw_dir, tmp_path / "whole", **settings)
+    gone = []
+    for tar in sorted((tmp_path / "whole").glob("*.tar")):
+        keys = load_columns(index_path(tar), ["keys"])["keys"].tolist()
+        left = load_columns(index_path(tmp_path / "out" / tar.name), ["keys"])["keys"].tolist()
+        gone += [key for key in keys if key not in left]
+        assert left == [key for key in keys if key in left]
+    assert gone == [b"flickr-000000017"]
+
+
+@given(st.lists(st.floats(-70_000, 70_000, width=32), min_size=1, max_size=40), st.floats(0, 40, width=32))
+def test_the_largest_rounding_error_is_that_of_all_numbers(numbers: list[float], known: float) -> None:
+    raw = np.array(numbers, "<f4").reshape(-1, 1)
+    with np.errstate(over="ignore"):
+        stored = raw.astype("<f2")
+    faults = np.flatnonzero(~np.isfinite(stored[:, 0])).tolist()
+    usable = np.setdiff1d(np.arange(len(raw)), faults)
+    error = float(np.abs(raw[usable] - stored[usable].astype("<f4")).max(initial=0))
+    assert rounding_error(raw, stored, faults, known) == max(error, known)
+    assert rounding_error(raw, raw, [], known) == known
+
+
+def test_the_manifest_tells_the_rounding_error(small_raw_dir: Path, small_dir: Path, tmp_path: Path) -> None:
+    vectors = np.concatenate([pairs.vectors(np.arange(len(pairs))) for pairs in open_raw(small_raw_dir).pairs])
+    error = float(np.abs(vectors - vectors.astype("<f2").astype("<f4")).max())
+    assert json.loads((small_dir / "manifest.json").read_text())["rounding_error"] == error > 0
+    assert make(small_raw_dir, tmp_path / "wide", vector_dtype="float32")["rounding_error"] == 0
 
 
 def test_images_never_straddle_the_split(small_raw_dir: Path, small_dir: Path) -> None:
@@ -56,15 +145,14 @@ def test_manifest_tells_the_truth(small_raw_dir: Path, small_dir: Path) -> None:
         name: sum(manifest["totals"][split][name] for split in manifest["totals"]) for name in ("words", "samples")
     }
     raw = open_raw(small_raw_dir)
-    words = sum(len((pairs.caption(i) or "").split()) for pairs in raw.pairs for i in range(len(pairs)))
-    records = [record for text in raw.texts for record in text.records() if isinstance(record, str)]
-    assert totals["words"] == words + sum(len(record.split()) for record in records)
-    assert totals["samples"] == sum(len(pairs) for pairs in raw.pairs) + len(records)
+    records = [r for item in (*raw.pairs, *raw.texts) for r in item.records() if isinstance(r, str)]
+    assert totals["words"] == sum(len(record.split()) for record in records)
+    assert totals["samples"] == len(records)
     tokenizer = TextTokenizer(small_dir / "tokenizer.json")
     assert manifest["tokenizer"]["sha256"] == tokenizer.sha256
     assert manifest["tokenizer"]["vocab_size"] == tokenizer.vocab_size
     assert str(small_dir) not in (small_dir / "manifest.json").read_text()
-    assert max(entry["samples"] for entry in manifest["shards"]) == 50
+    assert all(entry["samples"] <= 50 for entry in manifest["shards"])
     assert (small_dir / "rejected.jsonl").read_text() == ""
 
 
@@ -96,7 +184,7 @@ def test_reuse_refusal_and_force(small_raw_dir: Path, tmp_path: Path) -> None:
         make(raw, out)
     make(raw, out, force=True)
     assert (out / "manifest.json").stat().st_mtime_ns != stamp
-    next(out.glob("flickr-train*.tar")).unlink()
+    next(out.glob("pairs-train*.tar")).unlink()
     with pytest.raises(DataError, match="is missing or changed: pass --force"):
         make(raw, out)
     make(raw, out, force=True)
@@ -150,24 +238,38 @@ def test_a_source_without_one_usable_sample_stops(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_conversion_leaves_nothing(
-    small_raw_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("stage", ["read texts", "check", "train tokenizer", "write shards"])
+def test_an_interrupted_conversion_goes_on(small_raw_dir: Path, small_dir: Path, tmp_path: Path, stage: str) -> None:
+    def interrupt(at: str, done: int, *_: object) -> None:
+        if at == stage and (at != "write shards" or done > 100):
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_module, "_write_texts", stop)
+    out, options = tmp_path / "out", Options(samples_per_shard=50, validation_fraction=0.2)
     with pytest.raises(KeyboardInterrupt):
-        make(small_raw_dir, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+        convert(small_raw_dir, out, options, report=interrupt)
+    assert not out.exists()
+    begun: list[int] = []
 
+    def note(at: str, done: int, *_: object) -> None:
+        if at == "write shards":
+            begun.append(done)
 
-def test_leftovers_of_a_killed_conversion_are_cleared(small_raw_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / ".out.part" / "x.index").mkdir(parents=True)
-    (tmp_path / ".out.part" / "x.tar").write_text("half")
-    make(small_raw_dir, tmp_path / "out")
-    assert not (tmp_path / "out" / "x.tar").exists()
+    convert(small_raw_dir, out, options, report=note, resume=True)
+    assert tree(out) == tree(small_dir)
+    assert (begun[0] > 50) == (stage == "write shards")  # finished blocks are not made again
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_leftovers_are_cleared_but_for_resume_of_the_same(small_raw_dir: Path, small_dir: Path, tmp_path: Path) -> None:
+    part = tmp_path / ".out.part"
+    for resume, fraction in ((False, 0.2), (True, 0.3)):
+        (part / "set").mkdir(parents=True)
+        (part / "state").mkdir()
+        (part / "set" / "x.tar").write_text("half")
+        (part / "state" / "identity.json").write_text("of something else")
+        make(small_raw_dir, tmp_path / "out", force=True, resume=resume, validation_fraction=fraction)
+        assert not (tmp_path / "out" / "x.tar").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_only_text_or_only_pairs(tmp_path: Path) -> None:
@@ -195,3 +297,10 @@ def test_only_text_or_only_pairs(tmp_path: Path) -> None:
 def test_options_that_make_no_sense(settings: dict, message: str) -> None:
     with pytest.raises(DataError, match=message):
         Options(**settings)
+
+
+@pytest.mark.parametrize("text", ["", "1", "1/", "/2", "0/2", "3/2", "1/0", "a/b", "-1/2", "1/2/3"])
+def test_parts_that_make_no_sense(text: str) -> None:
+    with pytest.raises(DataError, match="--part"):
+        Part.parse(text)
+    assert Part.parse("2/3") == Part(2, 3)

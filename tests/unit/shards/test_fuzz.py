@@ -60,7 +60,7 @@ def test_vectors(count: int) -> None:
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_indexes(count: int, small_dir: Path, tmp_path: Path) -> None:
-    tar = shutil.copy(next(small_dir.glob("flickr-train-*.tar")), tmp_path)
+    tar = shutil.copy(next(small_dir.glob("pairs-train-*.tar")), tmp_path)
     index = index_path(Path(tar))
     whole = index_path(small_dir / Path(tar).name).read_bytes()
     rng = np.random.default_rng(1)

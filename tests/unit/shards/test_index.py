@@ -59,7 +59,7 @@ def test_foreign_tar_with_pax_headers_folders_and_other_members(small_dir: Path,
 
 
 def test_truncated_and_damaged_tars_are_refused(small_dir: Path, tmp_path: Path) -> None:
-    tar, tokenizer = first_tar(small_dir, "flickr-train*.tar", tmp_path)
+    tar, tokenizer = first_tar(small_dir, "pairs-train*.tar", tmp_path)
     whole = tar.read_bytes()
     with tarfile.open(tar) as archive:
         members = archive.getmembers()
@@ -78,7 +78,7 @@ def test_truncated_and_damaged_tars_are_refused(small_dir: Path, tmp_path: Path)
 
 
 def test_damage_is_found_sample_by_sample_and_in_the_index(small_dir: Path, tmp_path: Path) -> None:
-    tar, tokenizer = first_tar(small_dir, "flickr-train*.tar", tmp_path)
+    tar, tokenizer = first_tar(small_dir, "pairs-train*.tar", tmp_path)
     reader = ShardReader(tar)
     data = bytearray(tar.read_bytes())
     data[int(reader.columns["vector_offset"][3]) + 100] ^= 4

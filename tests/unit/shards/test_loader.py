@@ -41,8 +41,8 @@ def test_pairs_hold_what_the_raw_files_hold(raw_dir: Path, shard_dir: Path) -> N
     vectors: dict[int, np.ndarray] = {}
     for pairs in open_raw(raw_dir).pairs:
         raw = pairs.vectors(np.arange(len(pairs)))
-        for row, identity in enumerate(image_ids(raw).tolist()):
-            key = (pairs.caption(row) or "", identity)
+        for row, (identity, caption) in enumerate(zip(image_ids(raw).tolist(), pairs.records(), strict=True)):
+            key = (str(caption), identity)
             known[key] = known.get(key, 0) + 1
             vectors[identity] = raw[row].astype("<f2").astype("<f4")
     loader = load(shards, [PhaseSpec("p", {"pairs": 1}, epochs=1)], row_tokens=128, global_batch=64)
@@ -179,7 +179,7 @@ def damaged_copy(small_dir: Path, to: Path, flips: list[tuple[str, str, int]]) -
 
 @pytest.mark.parametrize("column", ["vector_offset", "text_offset"])
 def test_a_damaged_pair_is_masked_and_shifts_nothing(small_dir: Path, tmp_path: Path, column: str) -> None:
-    shards = damaged_copy(small_dir, tmp_path / "copy", [("flickr-train-00001.tar", column, 5)])
+    shards = damaged_copy(small_dir, tmp_path / "copy", [("pairs-train-00001.tar", column, 5)])
     loader = load(shards)
     masked = 0
     for (_, (rows,)), (_, (whole,)) in zip(loader, load(ShardSet.open(small_dir)), strict=True):
@@ -192,26 +192,26 @@ def test_a_damaged_pair_is_masked_and_shifts_nothing(small_dir: Path, tmp_path: 
         assert np.array_equal(rows.targets[~lost], whole.targets[~lost])
     assert masked == 1
     ((tar, key),) = loader.damaged
-    assert tar == "flickr-train-00001.tar"
+    assert tar == "pairs-train-00001.tar"
     assert key.startswith("flickr-")
 
 
 def test_damaged_text_is_masked_inside_its_rows(small_dir: Path, tmp_path: Path) -> None:
-    shards = damaged_copy(small_dir, tmp_path / "copy", [("childes-train-00000.tar", "text_offset", 0)])
+    shards = damaged_copy(small_dir, tmp_path / "copy", [("text-train-00000.tar", "text_offset", 0)])
     loader = load(shards)
     lost = sum(int((rows.targets >= 0).sum()) for _, (rows,) in loader)
     whole = sum(int((rows.targets >= 0).sum()) for _, (rows,) in load(ShardSet.open(small_dir)))
-    offsets = load_columns(index_path(small_dir / "childes-train-00000.tar"), ["token_offsets"])["token_offsets"]
+    offsets = load_columns(index_path(small_dir / "text-train-00000.tar"), ["token_offsets"])["token_offsets"]
     assert whole - lost == offsets[1] + 1
     assert len(loader.damaged) == 1
 
 
 @pytest.mark.timeout(60)
 def test_too_much_damage_stops_the_run(small_dir: Path, tmp_path: Path) -> None:
-    flips = [("flickr-train-00001.tar", "text_offset", sample) for sample in (1, 2)]
+    flips = [("pairs-train-00001.tar", "text_offset", sample) for sample in (1, 2)]
     loader = load(damaged_copy(small_dir, tmp_path / "copy", flips))
     for _ in range(2):
-        with pytest.raises(DataError, match=r"2 of \d+ samples are damaged .*flickr-.* in flickr-train-00001"):
+        with pytest.raises(DataError, match=r"2 of \d+ samples are damaged .*flickr-.* in pairs-train-00001"):
             list(loader)
 
 
@@ -227,17 +227,17 @@ def test_directories_that_are_not_whole(small_dir: Path, tmp_path: Path) -> None
         ShardSet.open(tmp_path / "foreign")
     copy = tmp_path / "copy"
     shutil.copytree(small_dir, copy)
-    tar = copy / "flickr-train-00000.tar"
+    tar = copy / "pairs-train-00000.tar"
     tar.write_bytes(tar.read_bytes()[:-5000])
-    with pytest.raises(DataError, match=r"flickr-train-00000\.tar is truncated or changed"):
+    with pytest.raises(DataError, match=r"pairs-train-00000\.tar is truncated or changed"):
         ShardSet.open(copy)
     tar.unlink()
-    with pytest.raises(DataError, match=r"flickr-train-00000\.tar: No such file"):
+    with pytest.raises(DataError, match=r"pairs-train-00000\.tar: No such file"):
         ShardSet.open(copy)
     shutil.copy(small_dir / tar.name, tar)
     index = index_path(tar)
     index.unlink()
-    with pytest.raises(DataError, match=r"flickr-train-00000\.index\.npz: No such file"):
+    with pytest.raises(DataError, match=r"pairs-train-00000\.index\.npz: No such file"):
         ShardSet.open(copy)
     shutil.copy(small_dir / index.name, index)
     (copy / "lengths.npy").write_bytes(b"0")
@@ -251,13 +251,13 @@ def test_directories_that_are_not_whole(small_dir: Path, tmp_path: Path) -> None
 def test_an_index_of_another_set_is_refused(small_dir: Path, tmp_path: Path) -> None:
     """Of the size that the manifest says, and fitting its tar: only what it counts gives it away."""
     copy = shutil.copytree(small_dir, tmp_path / "copy")
-    index = index_path(copy / "flickr-train-00001.tar")
+    index = index_path(copy / "pairs-train-00001.tar")
     with np.load(index) as stored:
         arrays = dict(stored)
     arrays["words"][[0, 1]] += np.array([1, 0], np.int32)
     with index.open("wb") as stream:
         np.savez(stream, allow_pickle=False, **arrays)
-    with pytest.raises(DataError, match=r"flickr-train-00001\.index\.npz does not hold the samples, words and tokens"):
+    with pytest.raises(DataError, match=r"pairs-train-00001\.index\.npz does not hold the samples, words and tokens"):
         list(load(ShardSet.open(copy), [PhaseSpec("p", {"flickr": 1}, epochs=1)]))
 
 
@@ -273,15 +273,15 @@ def test_partitions_give_each_rank_a_run_of_rows(small_set: ShardSet) -> None:
             assert np.array_equal(stacked(parts, name), stacked(micro, name)), name
     words = sum(int(rows.words.sum()) for _, micro in whole for rows in micro)
     entries = [e for e in small_set.manifest["shards"] if e["split"] == "train" and "flickr" in e["sources"]]
-    assert words == sum(entry["words"] for entry in entries)
+    assert words == sum(entry["sources"]["flickr"]["words"] for entry in entries)
 
 
 @pytest.mark.timeout(60)
 def test_a_shard_deleted_while_training_is_named(small_dir: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(small_dir, tmp_path / "copy")
     loader = load(ShardSet.open(copy), [PhaseSpec("p", {"flickr": 1}, epochs=3)], window_shards=1)
-    (copy / "flickr-train-00001.tar").unlink()
-    with pytest.raises(DataError, match=r"flickr-train-00001\.tar: No such file"):
+    (copy / "pairs-train-00001.tar").unlink()
+    with pytest.raises(DataError, match=r"pairs-train-00001\.tar: No such file"):
         list(loader)
 
 
@@ -376,7 +376,7 @@ def test_validation_that_cannot_be(small_set: ShardSet, tmp_path: Path) -> None:
 
 
 def test_damaged_validation_samples_are_left_out(small_dir: Path, tmp_path: Path) -> None:
-    tar = "flickr-validation-00000.tar"
+    tar = "pairs-validation-00000.tar"
     shards = damaged_copy(small_dir, tmp_path / "copy", [(tar, "vector_offset", 2)])
     whole = validation(ShardSet.open(small_dir), "pairs")
     assert validation(shards, "pairs").samples == whole.samples - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.raw import TEXT_MEMBERS, Rejected, cut_records, open_raw
+from shards.raw import TEXT_MEMBERS, Rejected, VectorFile, cut_records, open_raw, read_vectors
 from shards.record import DataError
 from tests.unit.shards.making import captions_of, vectors_of, write_pairs, write_zip
 
@@ -57,12 +58,35 @@ def test_halves_read_as_one(tmp_path: Path) -> None:
     (pairs,) = open_raw(tmp_path).pairs
     rows = np.array([9, 0, 6, 7, 7])
     assert np.array_equal(pairs.vectors(rows), vectors[rows])
-    assert pairs.caption(3) == captions_of(10)[3]
+    assert list(pairs.records()) == captions_of(10)
+
+
+@given(st.lists(st.integers(0, 11), max_size=30), st.lists(st.integers(0, 5), min_size=1, max_size=4))
+def test_rows_of_any_order_and_number(
+    tmp_path_factory: pytest.TempPathFactory, wanted: list[int], sizes: list[int]
+) -> None:
+    vectors = vectors_of(20, sum(sizes))
+    folder = tmp_path_factory.mktemp("vectors")
+    parts = []
+    for number, part in enumerate(np.split(vectors, np.cumsum(sizes)[:-1])):
+        path = folder / f"{number}.npy"
+        np.save(path, part)
+        parts.append(VectorFile(path, path.stat().st_size - part.nbytes, len(part)))
+    rows = np.array([row for row in wanted if row < len(vectors)], np.int64)
+    assert np.array_equal(read_vectors(parts, rows), vectors[rows])
+
+
+def test_a_vector_file_that_shrinks_is_told(tmp_path: Path) -> None:
+    write_pairs(tmp_path, "cc", captions_of(4), vectors_of(4, 4))
+    (pairs,) = open_raw(tmp_path).pairs
+    os.truncate(tmp_path / "cc_dino_v2_states.npy", 5000)
+    with pytest.raises(DataError, match=r"cc_dino_v2_states\.npy became shorter"):
+        pairs.vectors(np.arange(4))
 
 
 def refused(directory: Path, *parts: str) -> None:
     with pytest.raises(DataError) as caught:
-        open_raw(directory)
+        _ = [list(pairs.records()) for pairs in open_raw(directory).pairs]
     message = str(caught.value)
     assert "\n" not in message
     for part in parts:
@@ -102,6 +126,8 @@ def test_arrays_that_do_not_fit(tmp_path: Path) -> None:
     refused(tmp_path, "has dtype <f8", "float32")
     np.save(path, np.array([{}]), allow_pickle=True)
     refused(tmp_path, "not a whole .npy file")
+    np.save(path, np.asfortranarray(vectors_of(4, 4)))
+    refused(tmp_path, "lies in Fortran order")
     np.save(path, vectors_of(4, 4))
     path.write_bytes(path.read_bytes()[:-1])
     refused(tmp_path, "cc_dino_v2_states_2of2.npy is not a whole .npy file")
