@@ -36,7 +36,10 @@ class Crew:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def run(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Yield (number of the task, function(*task)) as they are done. Raises what a task raises."""
+        """Yield (number of the task, function(*task)) as they are done.
+
+        Raises what a task raises, and ChildProcessError when a process was ended from outside.
+        """
         if self._jobs == 1 or len(tasks) < 2:
             for number, task in enumerate(tasks):
                 yield number, function(*task)
@@ -50,7 +53,7 @@ class Crew:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
-            raise DataError(
+            raise ChildProcessError(
                 "a process of the conversion was ended from outside (out of memory?): give it fewer --jobs, and go on "
                 "with --resume"
             ) from None

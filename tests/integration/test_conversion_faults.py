@@ -146,6 +146,7 @@ def test_a_process_that_is_killed_is_told(raw: Path, undisturbed: dict[str, byte
     assert process.returncode == 2
     assert errors.count("\n") == 1, errors
     assert "ended from outside" in errors
+    assert list((tmp_path / ".shards.part").rglob("identity.json"))  # what is done is kept
     done = run_tool("make_shards.py", "--raw", raw, "--out", out, *SETTINGS, "--jobs", 2, "--resume")
     assert done.returncode == 0, done.stderr
     assert tree(out) == undisturbed
