@@ -1,0 +1,1 @@
+"""The rows of tools/bench_data.py, a module a group of rows."""
