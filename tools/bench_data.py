@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tools.data_bench.conversion import conversion_rows
 from tools.data_bench.loaders import loader_rows
 from tools.data_bench.order import packing_rows, padding_rows, plan_rows, seek_rows
 from tools.data_bench.records import Bench, Row
@@ -24,6 +25,7 @@ from tools.machine import describe_machine
 
 GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "loader": loader_rows,
+    "conversion": conversion_rows,
     "padding": padding_rows,
     "packing": packing_rows,
     "seek": seek_rows,
