@@ -197,8 +197,25 @@ def test_another_address(server: FileServer, tmp_path: Path) -> None:
     """What came from one address is not continued from another."""
     server.files |= {"x": Served(BIG, faults=[Fault(cut=MIB)]), "y": Served(OTHER)}
     refused(fetch(tmp_path, {NAME: {"url": server.url("x")}}, "--attempts", 1), tmp_path, NAME)
-    whole(fetch(tmp_path, {NAME: {"url": server.url("y")}}), tmp_path, OTHER)
-    assert ranges(server) == [None, None]
+    part(tmp_path, "b.npy").write_bytes(BIG)  # whole, and from nobody knows where
+    files = {name: {"url": server.url("y"), "bytes": len(OTHER)} for name in (NAME, "b.npy")}
+    done = fetch(tmp_path, files)
+    for name in files:
+        whole(done, tmp_path, OTHER, name)
+    assert ranges(server) == [None, None, None]
+
+
+def test_dates_tell_states_apart(server: FileServer, tmp_path: Path) -> None:
+    """Where a server has no strong ETag, the date of the file does."""
+    days = [f"Fri, 0{day} Mar 2024 10:00:00 GMT" for day in (1, 2)]
+    after = Served(OTHER, 'W/"2"', days[1])
+    server.files["x"] = Served(BIG, 'W/"1"', days[0], faults=[Fault(cut=MIB), Fault(cut=MIB, then=after)])
+    whole(fetch(tmp_path, {NAME: {"url": server.url("x")}}), tmp_path, OTHER)
+    assert [(answer.range, answer.if_range) for answer in server.answers] == [
+        (None, None),
+        (f"bytes={MIB}-", days[0]),
+        (f"bytes={2 * MIB}-", days[0]),
+    ]
 
 
 def test_corrupt_bytes(server: FileServer, tmp_path: Path) -> None:

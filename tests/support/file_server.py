@@ -29,6 +29,7 @@ class Served:
 
     data: bytes
     tag: str | None = '"1"'  # None: no ETag
+    date: str | None = None  # Last-Modified
     ranges: bool = True
     if_range: bool = True  # False: ranges are sent without looking at If-Range
     chunked: bool = False  # as packed on the way: no length, no ranges
@@ -99,9 +100,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(state, served, fault, answer)
 
     def _send(self, state: FileServer, served: Served, fault: Fault, answer: Answer) -> None:
-        start, headers = 0, {"ETag": served.tag} if served.tag else {}
+        start, told = 0, {"ETag": served.tag, "Last-Modified": served.date}
+        headers = {name: value for name, value in told.items() if value is not None}
         asked = re.fullmatch(r"bytes=(\d+)-", answer.range or "")
-        same = answer.if_range in (None, served.tag) or not served.if_range
+        same = answer.if_range in (None, served.tag, served.date) or not served.if_range
         if asked and same and served.ranges and not served.chunked:
             start = int(asked[1])
             if start >= len(served.data):
