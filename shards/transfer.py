@@ -46,13 +46,27 @@ class Retry:
     timeout_s: float
 
 
+@dataclass
+class Version:
+    """Which state of a file at a server the bytes here belong to, as its last answer said (HTTP only).
+
+    A transfer that knows a version goes on only where the file there is still the same, else from the start.
+    """
+
+    validator: str | None = None  # a strong ETag, or a date
+    size: int | None = None
+
+
 class Source(Protocol):
     """A kind of server."""
 
-    def chunks(self, url: str, start: int, size: int | None) -> Iterator[tuple[int, bytes]]:
+    def chunks(
+        self, url: str, start: int, size: int | None, version: Version | None = None
+    ) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes) in order, from `start` on, or from 0 where the server ignores ranges.
 
-        size: bytes the file must have, None where not known. Raises Broken and StoreError.
+        size: bytes the file must have, None where not known. version: of the bytes before `start`; updated.
+        Raises Broken and StoreError.
         """
         ...
 
@@ -97,11 +111,13 @@ def download(
     retry: Retry,
     stop: threading.Event,
     report: Callable[[int], None] = lambda _: None,
+    version: Version | None = None,
 ) -> None:
     """Complete `file` (unbuffered, open for update) from `url`, going on from the bytes it holds.
 
     size: bytes the whole has, None where not known. Attempts count anew after RANGE_BYTES of progress. `stop` ends
-    it early; `report` is told the bytes here so far. Raises StoreError, and OSError for the file itself.
+    it early; `report` is told the bytes here so far; `version` is that of the bytes, before and after. Raises
+    StoreError, and OSError for the file itself.
     """
     have = file.seek(0, os.SEEK_END)
     if size is not None and have > size:
@@ -110,7 +126,7 @@ def download(
     failures, furthest = 0, have
     while size is None or have < size:
         try:
-            for offset, data in source.chunks(url, have, size):
+            for offset, data in source.chunks(url, have, size, version):
                 if offset != have:
                     have = offset
                     file.truncate(have)
@@ -178,15 +194,21 @@ class _Http:
     def __init__(self, filesystem: Any, timeout_s: float) -> None:
         self._filesystem, self._timeout_s = filesystem, timeout_s
 
-    def chunks(self, url: str, start: int, size: int | None) -> Iterator[tuple[int, bytes]]:
+    def chunks(
+        self, url: str, start: int, size: int | None, version: Version | None = None
+    ) -> Iterator[tuple[int, bytes]]:
         import aiohttp
         from fsspec.asyn import sync
 
         loop = self._filesystem.loop
+        if version is not None and version.validator is None:
+            start = 0  # nothing tells whether the file there is still the same
         try:
-            response: Any = sync(loop, self._get, url, start)
+            response: Any = sync(loop, self._get, url, start, version)
             try:
                 offset = _first_byte(response, url, start, size)
+                if version is not None:
+                    _note_version(response, version, start, offset)
                 while offset is not None and (data := self._next(response)):
                     yield offset, data
                     offset += len(data)
@@ -208,7 +230,7 @@ class _Http:
 
         return cast(bytes, sync(self._filesystem.loop, _read_chunk, response))
 
-    async def _get(self, url: str, start: int) -> Any:
+    async def _get(self, url: str, start: int, version: Version | None) -> Any:
         import aiohttp
 
         session = await self._filesystem.set_session()
@@ -216,6 +238,8 @@ class _Http:
         headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
+            if version is not None and version.validator is not None:
+                headers["If-Range"] = version.validator
         limits = aiohttp.ClientTimeout(total=None, connect=self._timeout_s, sock_read=self._timeout_s)
         return await session.get(self._filesystem.encode_url(url), headers=headers, timeout=limits, **options)
 
@@ -266,13 +290,31 @@ def _first_byte(response: Any, url: str, start: int, size: int | None) -> int | 
     return start if response.status == 206 else 0
 
 
+def _note_version(response: Any, version: Version, start: int, offset: int | None) -> None:
+    """Keep what an answer says of the file's state. Raises Broken where it is not the one of the bytes here."""
+    tag, date = response.headers.get("ETag", ""), response.headers.get("Last-Modified")
+    validator = tag if re.fullmatch(r'"[^"]*"', tag) else date
+    size = response.content_length if response.status == 200 and "Content-Encoding" not in response.headers else None
+    if offset == 0:
+        version.validator, version.size = validator, size
+        return
+    found = response.headers.get("Content-Range", "").rpartition("/")[2]
+    size = int(found) if found.isdecimal() else None
+    if (validator is not None and validator != version.validator) or (
+        size is not None and version.size is not None and size != version.size
+    ):  # a server that takes ranges without looking at If-Range
+        raise Broken(f"the file there changed after byte {start} was here", restart=True)
+
+
 class _Objects:
     """Object stores: several ranges at once, since one connection is slower than a disk."""
 
     def __init__(self, filesystem: Any, scheme: str) -> None:
         self._filesystem, self._scheme = filesystem, scheme
 
-    def chunks(self, url: str, start: int, size: int | None) -> Iterator[tuple[int, bytes]]:
+    def chunks(
+        self, url: str, start: int, size: int | None, version: Version | None = None
+    ) -> Iterator[tuple[int, bytes]]:
         if size is None:
             yield 0, self._bytes(url, self._get(url, [(None, None)])[0])
             return
