@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from shards.division import Division
-from shards.raw import Rejected, VectorFile, read_ahead, read_vectors
+from shards.raw import Rejected, VectorFile, read_vectors
 from shards.record import VECTOR_DTYPES, Samples, image_ids, sample_key, text_ids
 from shards.spool import Spools
 from shards.tokenizer import TextTokenizer
@@ -160,7 +160,6 @@ def build_block(work: Work, sources: Sources, division: Division, number: int) -
     """Write the shards of a block; they appear in `work.target` when they are whole."""
     spools, tokenizer = Spools(sources.spools), _tokenizer(work.tokenizer)
     records = division.block(number)
-    read_ahead(sources.parts, records)
     folder = work.build / f"{sources.modality}-{number}-{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
     writers = [ShardWriter(folder, Labels(sources.modality, split, number), tokenizer) for split in SPLITS]

@@ -10,11 +10,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from shards.record import DataError
 
 CHUNK_BYTES = 1 << 20
 MAX_ELEMENT_CHARACTERS = 1 << 24
+MAX_ALONE = 1 << 12
 SPACE = re.compile(r"[ \t\n\r]*")
 STRINGS = re.compile(r'(?>[ \t\n\r]*"[^"\\]*+(?:\\.[^"\\]*+)*+"[ \t\n\r]*,)++', re.DOTALL)
 ENDS = frozenset(" \t\n\r,]")  # after anything else, or nothing, a number may go on
@@ -48,7 +50,7 @@ class _Text:
                 return self.text[self.at : self.at + 1]
             self.more()
 
-    def strings(self) -> list[object]:
+    def strings(self) -> list[Any]:
         """Take the strings that begin here, with the comma after each: what lists mostly hold, parsed at one go."""
         found = STRINGS.match(self.text, self.at)
         if found is None:
@@ -60,7 +62,7 @@ class _Text:
         self.at = found.end()
         return values
 
-    def value(self) -> object:
+    def value(self) -> Any:
         """Take the JSON value that begins here, of which what follows it is known too. Raises ValueError."""
         while True:
             try:
@@ -76,8 +78,8 @@ class _Text:
             self.more()
 
 
-def read_captions(path: Path) -> Iterator[str | None]:
-    """Yield the caption of each element of a JSON list, None where it has none.
+def read_captions(path: Path) -> Iterator[list[str | None]]:
+    """Yield the captions of a JSON list's elements, None where one has none, some thousands at a time.
 
     Raises DataError when the file cannot be read, is no JSON list, or is damaged after what was yielded.
     """
@@ -86,10 +88,8 @@ def read_captions(path: Path) -> Iterator[str | None]:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
     try:
-        for value in _elements(text, path):
-            if isinstance(value, dict):
-                value = value.get("caption")
-            yield value if isinstance(value, str) else None
+        for values in _elements(text, path):
+            yield values if set(map(type, values)) == {str} else list(map(_caption, values))
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
@@ -98,7 +98,13 @@ def read_captions(path: Path) -> Iterator[str | None]:
         text.close()
 
 
-def _elements(text: _Text, path: Path) -> Iterator[object]:
+def _caption(value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("caption")
+    return value if isinstance(value, str) else None
+
+
+def _elements(text: _Text, path: Path) -> Iterator[list[Any]]:
     first = text.next()
     if first != "[":
         found = type(text.value()).__name__
@@ -106,12 +112,16 @@ def _elements(text: _Text, path: Path) -> Iterator[object]:
     text.at += 1
     if text.next() == "]":
         raise DataError(f"{path} holds no captions: the list is empty")
-    number = 0
+    number, alone = 0, []  # alone: elements parsed one by one
     while True:
         if not text.next():
             raise ValueError(f"it ends after {number} elements")
-        if strings := text.strings():
-            yield from strings
+        strings = text.strings()
+        if alone and (strings or len(alone) == MAX_ALONE):
+            yield alone
+            alone = []
+        if strings:
+            yield strings
             number += len(strings)
             continue
         number += 1
@@ -119,7 +129,7 @@ def _elements(text: _Text, path: Path) -> Iterator[object]:
             value = text.value()
         except ValueError as error:
             raise ValueError(f"element {number}: {error}") from None
-        yield value
+        alone.append(value)
         separator = text.next()
         text.at += 1
         if separator == "]":
@@ -128,3 +138,4 @@ def _elements(text: _Text, path: Path) -> Iterator[object]:
             raise ValueError(f"no comma after element {number}" if separator else f"it ends after {number} elements")
     if text.next():
         raise ValueError("something follows the list")
+    yield alone

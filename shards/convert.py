@@ -185,7 +185,7 @@ def _lay_out(raw_set: RawSet, place: Workplace, crew: Crew, report: Report) -> l
 
 
 def _spool(item: RawPairs | RawText, path: Path) -> int:
-    write_spool(path, item.records())
+    write_spool(path, item.batches())
     return len(Spools([path]))
 
 

@@ -156,8 +156,9 @@ def count_index(names: list[str], source: np.ndarray, tokens: np.ndarray, words:
         mine = source == number
         counted = int(mine.sum()), int(words[mine].sum()), int(tokens[mine].sum())
         sources[name] = dict(zip(("samples", "words", "tokens"), counted, strict=True))
-    pairs, many = np.unique(np.stack([source.astype(np.int64), tokens]), axis=1, return_counts=True)
-    return Counted(sources, np.stack([*pairs, many], axis=1))
+    width = int(tokens.max(initial=0)) + 1
+    pairs, many = np.unique(source.astype(np.int64) * width + tokens, return_counts=True)
+    return Counted(sources, np.stack([*np.divmod(pairs, width), many], axis=1))
 
 
 def load_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

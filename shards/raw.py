@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
@@ -32,6 +33,8 @@ VECTOR_BYTES = 4 * VECTOR_SIZE
 HEADING = re.compile(r"\s*= = = .*= = =\s*")
 WORD = re.compile(r"\S+")
 BUFFER_BYTES = 1 << 20
+BATCH = 4096
+NOT_WAITING: int = getattr(os, "RWF_NOWAIT", 0)  # Linux has it
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,30 @@ class RawPairs:
         return (self.captions, *(part.path for part in self.parts))
 
     def records(self) -> Iterator[str | Rejected]:
-        """Stream the captions in order, an unusable one as Rejected.
+        """Stream the captions one by one; else as `batches`."""
+        return itertools.chain.from_iterable(self.batches())
+
+    def batches(self) -> Iterator[Sequence[str | Rejected]]:
+        """Stream the captions in order, some thousands at a time, an unusable one as Rejected.
 
         Raises DataError when the file is damaged or does not hold as many captions as there are vectors.
         """
-        row, vectors = -1, len(self)
-        for row, caption in enumerate(read_captions(self.captions)):
-            fault = caption_fault(caption)
-            if row < vectors:
-                yield caption if fault is None and caption is not None else Rejected(self.source, row, fault or "")
-        if row + 1 != vectors:
+        rows, vectors = 0, len(self)
+        for captions in read_captions(self.captions):
+            checked = map(self._checked, range(rows, rows + len(captions)), captions)
+            batch = captions if are_usable(captions) else list(checked)
+            yield batch[: max(0, vectors - rows)]
+            rows += len(batch)
+        if rows != vectors:
             counted = " + ".join(f"{part.rows} in {part.path.name}" for part in self.parts)
             raise DataError(
-                f"{self.captions.parent}: {row + 1} captions in {self.captions.name} but {vectors} vectors "
+                f"{self.captions.parent}: {rows} captions in {self.captions.name} but {vectors} vectors "
                 f"({counted}): row i must belong to caption i, get the files that belong together"
             )
+
+    def _checked(self, row: int, caption: str | None) -> str | Rejected:
+        fault = caption_fault(caption)
+        return caption if fault is None and caption is not None else Rejected(self.source, row, fault or "")
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """float32 [len(rows), V]: the vectors of `rows` across the concatenated parts."""
@@ -92,36 +104,45 @@ class RawPairs:
 def read_vectors(parts: Sequence[VectorFile], rows: np.ndarray) -> np.ndarray:
     """float32 [len(rows), V]: the vectors of `rows` across the concatenated parts.
 
-    Read, not mapped: mapped pages would count as this process's memory, and a file that shrinks would kill it.
+    Read, not mapped: mapped pages would count as this process's memory, and a file that shrinks would kill it. What is
+    not in memory is asked for all at once, so that the disk can fetch it in its own order.
     Raises DataError when a file is shorter than it was.
     """
     out = np.empty((len(rows), VECTOR_SIZE), dtype="<f4")
     into = memoryview(out.reshape(-1).view(np.uint8).data)
     for part, inside, places in _by_part(parts, rows):
-        targets = (places * VECTOR_BYTES).tolist()
-        offsets = (part.begin + inside * VECTOR_BYTES).tolist()
         breaks = np.flatnonzero((np.diff(inside) != 1) | (np.diff(places) != 1)) + 1
+        lows = np.concatenate([[0], breaks])  # runs of rows that follow each other here and there
+        sizes = np.diff(lows, append=len(inside)) * VECTOR_BYTES
+        begins = places[lows] * VECTOR_BYTES
+        targets = [into[begin:end] for begin, end in zip(begins.tolist(), (begins + sizes).tolist(), strict=True)]
+        offsets = (part.begin + inside[lows] * VECTOR_BYTES).tolist()
         with part.path.open("rb", buffering=0) as stream:
-            file = stream.fileno()
-            for low, high in itertools.pairwise([0, *breaks.tolist(), len(inside)]):  # runs are read at once
-                offset, target, size = offsets[low], targets[low], (high - low) * VECTOR_BYTES
-                done = os.preadv(file, [into[target : target + size]], offset)
-                while done < size:  # one read may give less
-                    more = os.preadv(file, [into[target + done : target + size]], offset + done)
-                    if more == 0:
-                        raise DataError(f"{part.path} became shorter while it was read: get the file again")
-                    done += more
+            _read_runs(stream.fileno(), list(zip(targets, offsets, strict=True)), part.path)
     return out
 
 
-def read_ahead(parts: Sequence[VectorFile], rows: np.ndarray) -> None:
-    """Ask the disk for the vectors of `rows`, so that it can fetch them in its own order."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for part, inside, _ in _by_part(parts, rows):
-        with part.path.open("rb", buffering=0) as stream:
-            for offset in (part.begin + inside * VECTOR_BYTES).tolist():
-                os.posix_fadvise(stream.fileno(), offset, VECTOR_BYTES, os.POSIX_FADV_WILLNEED)
+def _read_runs(file: int, runs: list[tuple[memoryview, int]], path: Path) -> None:
+    """Fill each target from its offset. Raises DataError at the file's end."""
+    if NOT_WAITING:
+        runs = [run for run in runs if not _read_cached(file, *run)]
+    if hasattr(os, "posix_fadvise"):
+        for target, offset in runs:
+            os.posix_fadvise(file, offset, len(target), os.POSIX_FADV_WILLNEED)
+    for target, offset in runs:
+        while len(target):
+            count = os.preadv(file, [target], offset)  # may give less
+            if count == 0:
+                raise DataError(f"{path} became shorter while it was read: get the file again")
+            target, offset = target[count:], offset + count
+
+
+def _read_cached(file: int, target: memoryview, offset: int) -> bool:
+    """Fill the target if its bytes are in memory; False if not, or if the file system cannot tell."""
+    try:
+        return os.preadv(file, [target], offset, NOT_WAITING) == len(target)
+    except OSError:
+        return False
 
 
 def _by_part(parts: Sequence[VectorFile], rows: np.ndarray) -> Iterator[tuple[VectorFile, np.ndarray, np.ndarray]]:
@@ -132,6 +153,14 @@ def _by_part(parts: Sequence[VectorFile], rows: np.ndarray) -> Iterator[tuple[Ve
     for part, begin, low, high in zip(parts, begins.tolist(), cuts, cuts[1:], strict=False):
         if high > low:
             yield part, rows[order[low:high]] - begin, order[low:high]
+
+
+def are_usable(captions: list[str | None]) -> TypeGuard[list[str]]:
+    """Whether caption_fault finds nothing in any of them."""
+    try:
+        return all(map(str.strip, captions)) and "".join(captions).encode("utf-8") is not None  # type: ignore[arg-type]
+    except (TypeError, UnicodeEncodeError):
+        return False
 
 
 def caption_fault(caption: str | None) -> str | None:
@@ -154,6 +183,12 @@ class RawText:
     source: str
     archive: Path
     member: str
+
+    def batches(self) -> Iterator[list[str | Rejected]]:
+        """Stream the records some thousands at a time; else as `records`."""
+        pending = self.records()
+        while batch := list(itertools.islice(pending, BATCH)):
+            yield batch
 
     def records(self) -> Iterator[str | Rejected]:
         """Stream the records of the file in order; a line that is not UTF-8 comes as Rejected.

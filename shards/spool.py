@@ -6,7 +6,6 @@ UTF-8 of all records, `X.ends` where each ends (int64), and `X.json`, written la
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -16,10 +15,8 @@ import numpy as np
 
 from shards.raw import Rejected
 
-BATCH = 4096
 
-
-def write_spool(path: Path, records: Iterable[str | Rejected]) -> None:
+def write_spool(path: Path, batches: Iterable[Sequence[str | Rejected]]) -> None:
     """Lay records out at `path` unless they are there already.
 
     An unusable record takes up no bytes; its reason is kept.
@@ -28,19 +25,16 @@ def write_spool(path: Path, records: Iterable[str | Rejected]) -> None:
         return
     done, end, faults = 0, 0, {}
     with path.with_suffix(".texts").open("wb") as texts, path.with_suffix(".ends").open("wb") as ends:
-        pending = iter(records)
-        while batch := list(itertools.islice(pending, BATCH)):
-            data = []
-            for number, record in enumerate(batch, done):
-                if isinstance(record, Rejected):
-                    faults[number] = record.reason
-                    data.append(b"")
-                else:
-                    data.append(record.encode("utf-8"))
-            sizes = np.fromiter(map(len, data), np.int64, len(data))
-            texts.write(b"".join(data))
+        for batch in batches:
+            faults |= {at: one.reason for at, one in enumerate(batch, done) if isinstance(one, Rejected)}
+            strings = ["" if isinstance(one, Rejected) else one for one in batch]
+            joined = "".join(strings)
+            data = joined.encode("utf-8")
+            ascii_only = len(data) == len(joined)
+            sizes = np.fromiter(map(len, strings if ascii_only else map(str.encode, strings)), np.int64, len(batch))
+            texts.write(data)
             (end + np.cumsum(sizes)).tofile(ends)
-            end += int(sizes.sum())
+            end += len(data)
             done += len(batch)
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"records": done, "faults": faults}))
