@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -31,44 +31,23 @@ FILES_PER_SHARD, SPARE_FILES = 4, 256
 MAX_OPEN = 256
 
 
-class Sliced(Protocol):
-    """Bytes that are read by slicing: a memoryview of a map, or a file read at offsets."""
-
-    def __getitem__(self, where: slice, /) -> bytes | memoryview: ...
-
-
 class OpenShard:
     """One open shard and which of its samples are damaged."""
 
-    __slots__ = ("__weakref__", "damaged", "parts", "reader")
+    __slots__ = ("__weakref__", "damaged", "lost", "reader", "vector_bytes")
 
     def __init__(self, reader: ShardReader, damaged: frozenset[int]) -> None:
+        """lost: bool [N], the same as `damaged`; vector_bytes: the size of each vector, 0 where they are not raw."""
         self.reader, self.damaged = reader, damaged
-        columns = reader.columns
-        kinds = np.unique(columns["vector_kind"])
+        kinds = np.unique(reader.columns["vector_kind"])
         raw = RAW_DTYPES.get(int(kinds[0])) if len(kinds) == 1 else None
-        data: Sliced = reader.data
-        tokens: Sliced = reader.token_bytes
-        self.parts = (  # what gathering rows looks up for every span: columns that yield Python ints, bytes by slice
-            damaged,
-            _integers(columns["token_offsets"]),
-            reader.token_dtype.itemsize,
-            tokens,
-            _integers(columns["words"]),
-            _integers(columns["image_id"]),
-            _integers(columns["vector_offset"]),
-            VECTOR_SIZE * raw.itemsize if raw else 0,  # 0: decode each with reader.vector
-            data,
-        )
+        self.vector_bytes = VECTOR_SIZE * raw.itemsize if raw else 0
+        self.lost = np.zeros(len(reader), np.bool_)
+        self.lost[list(damaged)] = True
 
     def words_of(self, start: int, stop: int) -> int:
         """The words that begin in tokens start : stop of the shard."""
         return int(np.frombuffer(self.reader.word_start_bytes[start:stop], np.uint8).sum(dtype=np.int64))
-
-
-def _integers(column: np.ndarray) -> memoryview:
-    """A column whose elements are read as Python ints, faster than numpy's own."""
-    return memoryview(column.data)
 
 
 class Readers:

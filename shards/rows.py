@@ -5,8 +5,9 @@ Symbols: B rows of a micro-batch, T positions, S image slots of a row, V width o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,33 +44,74 @@ class Rows:
 
     def split(self, size: int) -> list[Rows]:
         """Micro-batches of `size` rows, which share this one's memory."""
-        parts = []
-        for start in range(0, len(self.rows), size):
-            row = slice(start, start + size)
-            slot = slice(start * self.slots, (start + size) * self.slots)
-            by_row = {name: getattr(self, name)[row] for name in PER_ROW}
-            by_slot = {name: getattr(self, name)[slot] for name in PER_SLOT}
-            parts.append(replace(self, **by_row, **by_slot))
-        return parts
+        return [self._part(start, start + size) for start in range(0, len(self.rows), size)]
+
+    def _part(self, start: int, stop: int) -> Rows:
+        row, slot = slice(start, stop), slice(start * self.slots, stop * self.slots)
+        return Rows(
+            self.tokens[row],
+            self.targets[row],
+            self.segments[row],
+            self.positions[row],
+            self.vision[slot],
+            self.has_vision[slot],
+            self.image_ids[slot],
+            self.words[row],
+            self.rows[row],
+            self.valid[row],
+            self.packed,
+            self.slots,
+            self.modality,
+        )
 
 
-class _Gathered:
-    """The bytes and numbers of the whole spans of a plan, in its order."""
+@dataclass(frozen=True)
+class _Group:
+    """The whole spans of a plan that lie in one shard: samples, and where they read tokens, each int64 [n]."""
 
-    __slots__ = ("image_ids", "skipped", "token_bytes", "tokens", "unended", "vectors", "words")
+    opened: OpenShard
+    here: slice  # of the spans of all groups
+    samples: np.ndarray
+    begins: np.ndarray
+    stops: np.ndarray
 
-    def __init__(self) -> None:
-        self.skipped: list[int] = []  # the spans of the plan that are damaged
-        self.unended: list[int] = []  # those that do not end with eos
-        self.tokens: list[bytes | memoryview] = []  # each span's tokens, with no specials
-        self.token_bytes = 2
-        self.words: list[int] = []
-        self.image_ids: list[int] = []
-        self.vectors: list[bytes | memoryview | np.ndarray] = []  # bytes as stored, or decoded
+    def column(self, name: str) -> np.ndarray:
+        """A column of the index."""
+        return self.opened.reader.columns[name][self.samples]
 
 
-PER_ROW = ("tokens", "targets", "segments", "positions", "words", "rows", "valid")
-PER_SLOT = ("vision", "has_vision", "image_ids")
+@dataclass(frozen=True)
+class _Spans:
+    """The whole spans of a plan, shard after shard."""
+
+    order: np.ndarray  # int64 [X]: which spans of the plan
+    starts: np.ndarray  # int64 [X]: first position
+    lengths: np.ndarray  # int64 [X]: positions
+    ends: np.ndarray  # bool [X]: whether the record ends in the span, so that eos is its last target
+    groups: list[_Group]
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of the index of each span's sample, [X]."""
+        return _joined([group.column(name) for group in self.groups])
+
+    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """(the tokens that the spans read, one span after the other; how many each reads): no specials."""
+        runs = []
+        for group in self.groups:
+            reader = group.opened.reader
+            runs.append(reader.token_bytes.runs(group.begins, group.stops - group.begins, reader.token_dtype))
+        return _joined(runs), _joined([group.stops - group.begins for group in self.groups])
+
+    def words(self) -> np.ndarray:
+        """The words that begin in each span, [X]."""
+        words = self.column("words")
+        cut = (self.starts > 0) | ~self.ends
+        for group in self.groups if cut.any() else ():
+            for at in np.flatnonzero(cut[group.here]).tolist():
+                span = group.here.start + at
+                begin = int(group.begins[at]) + int(self.starts[span] > 0)
+                words[span] = group.opened.words_of(begin, int(group.stops[at]))
+        return words
 
 
 def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.ndarray) -> Rows:
@@ -82,16 +124,12 @@ def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.nd
     most = int(per_row.max())
     row, segment, column = _places(plan, per_row, most)
     slots = max(1, most) if pairs else 1
-    got = _gather(find, plan)
-    begins, lengths, ends = plan.starts == 0, plan.lengths, np.ones(len(row), np.bool_)
-    ends[got.unended] = False
-    if got.skipped:
-        parts = (row, segment, column, begins, lengths, ends)
-        row, segment, column, begins, lengths, ends = (np.delete(part, got.skipped) for part in parts)
+    spans = _look_up(find, plan)
+    row, segment, column = row[spans.order], segment[spans.order], column[spans.order]
     slot = row * slots + segment if slots > 1 else row
     rows = Rows(
-        *_lay_out(got, (size, plan.row_tokens), row * plan.row_tokens + column, lengths, segment + 1, begins, ends),
-        vision=_vision(got, slot, size * slots) if pairs else np.zeros((size, VECTOR_SIZE), np.float16),
+        *_lay_out(spans, (size, plan.row_tokens), row * plan.row_tokens + column, segment + 1),
+        vision=_vision(spans, slot, size * slots) if pairs else np.zeros((size, VECTOR_SIZE), np.float16),
         has_vision=np.zeros(size * slots, np.bool_),
         image_ids=np.zeros(size * slots, np.int64),
         words=np.zeros(size, np.int64),
@@ -103,12 +141,12 @@ def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.nd
     )
     rows.valid[row] = True
     if most > 1:
-        np.add.at(rows.words, row, got.words)
+        np.add.at(rows.words, row, spans.words())
     else:
-        rows.words[row] = got.words
+        rows.words[row] = spans.words()
     if pairs:
         rows.has_vision[slot] = True
-        rows.image_ids[slot] = got.image_ids
+        rows.image_ids[slot] = spans.column("image_id")
     return rows
 
 
@@ -124,91 +162,77 @@ def _places(plan: RowPlan, per_row: np.ndarray, most: int) -> tuple[np.ndarray, 
     return row, segment, begin - begin[plan.row_offsets[row]]
 
 
-def _gather(find: Callable[[int], OpenShard], plan: RowPlan) -> _Gathered:
-    """Look every span up: the one loop over spans, so it does as little as it can."""
-    got = _Gathered()
-    add_tokens, add_words, add_image_id, add_vector = (
-        column.append for column in (got.tokens, got.words, got.image_ids, got.vectors)
-    )
-    pairs = plan.modality == PAIRS
-    met: dict[int, tuple] = {}
-    spans = zip(plan.shards.tolist(), plan.samples.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True)
-    for number, (shard, sample, start, length) in enumerate(spans):
-        if shard not in met:
-            opened = find(shard)
-            met[shard] = (opened, *opened.parts)
-        opened, damaged, offsets, width, tokens, words, image_id, vector_offset, vector_bytes, data = met[shard]
-        if sample in damaged:
-            got.skipped.append(number)
-            continue
-        low, high = offsets[sample], offsets[sample + 1]
-        if start == 0 and length > high - low:
-            add_tokens(tokens[low * width : high * width])
-            add_words(words[sample])
-        else:
-            stop = low + start + length
-            if stop <= high:
-                got.unended.append(number)
-            stop = min(stop, high)
-            add_tokens(tokens[(low + start - (start > 0)) * width : stop * width])
-            add_words(opened.words_of(low + start, stop))
-        if pairs:
-            add_image_id(image_id[sample])
-            place = vector_offset[sample]
-            add_vector(data[place : place + vector_bytes] if vector_bytes else opened.reader.vector(sample))
-        got.token_bytes = width
-    return got
+def _look_up(find: Callable[[int], OpenShard], plan: RowPlan) -> _Spans:
+    """Find the spans in their shards, leaving out those whose sample is damaged."""
+    order = np.argsort(plan.shards, kind="stable")
+    shards = plan.shards[order]
+    cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)]
+    kept, ends, groups, count = [], [], [], 0
+    for first, stop in itertools.pairwise(cuts if len(order) else []):
+        opened, here = find(int(shards[first])), order[first:stop]
+        samples = plan.samples[here]
+        if opened.damaged:
+            whole = ~opened.lost[samples]
+            here, samples = here[whole], samples[whole]
+        starts, offsets = plan.starts[here], opened.reader.columns["token_offsets"]
+        low, high = offsets[samples], offsets[samples + 1]
+        stops = low + starts + plan.lengths[here]
+        kept.append(here)
+        ends.append(stops > high)
+        begins = low + starts - (starts > 0)  # the first input of a later piece is the last target before it
+        groups.append(_Group(opened, slice(count, count + len(here)), samples, begins, np.minimum(stops, high)))
+        count += len(here)
+    order = _joined(kept)
+    return _Spans(order, plan.starts[order], plan.lengths[order], _joined(ends).astype(np.bool_), groups)
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 def _lay_out(
-    got: _Gathered,
-    shape: tuple[int, int],
-    places: np.ndarray,
-    lengths: np.ndarray,
-    segments: np.ndarray,
-    begins: np.ndarray,
-    ends: np.ndarray,
+    spans: _Spans, shape: tuple[int, int], places: np.ndarray, segments: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, targets, segments, positions) [B, T] with spans of `lengths` positions at flat `places`.
+    """(tokens, targets, segments, positions) [B, T] with the spans at flat `places`.
 
     A span of n positions reads n + 1 tokens, specials included: its inputs are all but the last, its targets all
     but the first.
     """
     size = shape[0] * shape[1]
-    tokens, targets = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
+    inputs, targets = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
     of_row, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    if len(lengths):
-        stops = np.cumsum(lengths + 1)
-        firsts = stops - lengths - 1
-        specials = firsts[begins], stops[ends] - 1
-        read = np.empty(int(stops[-1]), np.int64)
-        ordinary = np.ones(len(read), np.bool_)
-        for special, token in zip(specials, (BOS, EOS), strict=True):
-            read[special] = token
-            ordinary[special] = False
-        read[ordinary] = np.frombuffer(b"".join(got.tokens), f"<u{got.token_bytes}")
-        span = np.repeat(np.arange(len(lengths)), lengths)
-        source = np.arange(len(span)) + span  # each span before reads one token more than it has positions
-        inside = source - firsts[span]
-        to = inside + places[span]
-        tokens[to], targets[to] = read[source], read[source + 1]
-        of_row[to], positions[to] = segments[span], inside
-    return tokens.reshape(shape), targets.reshape(shape), of_row.reshape(shape), positions.reshape(shape)
-
-
-def _vision(got: _Gathered, slot: np.ndarray, size: int) -> np.ndarray:
-    """float16 or float32 [size, V]: the vectors at their slots, in the dtype they are stored in."""
-    raw = [vector for vector in got.vectors if isinstance(vector, bytes | memoryview)]
-    sizes = {len(vector) // VECTOR_SIZE for vector in raw}
-    if len(raw) == len(got.vectors) and len(sizes) == 1:
-        vectors = np.frombuffer(bytearray().join(raw), f"<f{sizes.pop()}").reshape(-1, VECTOR_SIZE)
-        if len(vectors) == size:
-            return vectors
+    lengths, begins, ends = spans.lengths, spans.starts == 0, spans.ends
+    read, counts = spans.tokens()
+    upto = np.cumsum(counts)
+    to = np.repeat(places + begins - (upto - counts), counts)  # where each token is an input; it is the target before
+    to += np.arange(len(to))
+    if begins.all() and ends.all():
+        inputs[to] = targets[to - 1] = read
     else:
-        vectors = np.zeros((len(got.vectors), VECTOR_SIZE), np.float32)
-        for at, vector in enumerate(got.vectors):
-            decoded = isinstance(vector, np.ndarray)
-            vectors[at] = vector if decoded else np.frombuffer(vector, f"<f{len(vector) // VECTOR_SIZE}")
-    out = np.zeros((size, VECTOR_SIZE), vectors.dtype)
-    out[slot] = vectors
+        is_input, is_target = np.ones(len(to), np.bool_), np.ones(len(to), np.bool_)
+        is_input[upto[~ends] - 1] = False
+        is_target[(upto - counts)[~begins]] = False
+        inputs[to[is_input]], targets[to[is_target] - 1] = read[is_input], read[is_target]
+    inputs[places[begins]] = BOS
+    targets[(places + lengths - 1)[ends]] = EOS
+    before = np.cumsum(lengths) - lengths
+    inside = np.arange(int(lengths.sum())) - np.repeat(before, lengths)
+    at = inside + np.repeat(places, lengths)
+    of_row[at], positions[at] = np.repeat(segments, lengths), inside
+    return inputs.reshape(shape), targets.reshape(shape), of_row.reshape(shape), positions.reshape(shape)
+
+
+def _vision(spans: _Spans, slot: np.ndarray, size: int) -> np.ndarray:
+    """float16 or float32 [size, V]: the vectors at their slots, in the dtype they are stored in where all agree."""
+    sizes = {group.opened.vector_bytes for group in spans.groups}
+    dtype = np.dtype(f"<f{sizes.pop() // VECTOR_SIZE}") if len(sizes) == 1 and 0 not in sizes else np.dtype("<f4")
+    out = (np.empty if len(slot) == size else np.zeros)((size, VECTOR_SIZE), dtype)
+    for group in spans.groups:
+        reader, width = group.opened.reader, group.opened.vector_bytes
+        to = slot[group.here]
+        if width == out[0].nbytes:
+            out.view(f"V{width}")[to, 0] = reader.data.blocks(group.column("vector_offset"), width)
+        else:
+            for place, sample in zip(to.tolist(), group.samples.tolist(), strict=True):
+                out[place] = reader.vector(sample)
     return out
