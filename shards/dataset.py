@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from shards.corpus import Corpus, ShardLengths
-from shards.index import RAW_DTYPES, UNREADABLE, ShardReader, count_index, load_columns, read_index
+from shards.index import RAW_DTYPES, UNREADABLE, ShardReader, count_sources, load_columns, read_index
 from shards.record import VECTOR_SIZE, DataError
 from shards.store import CacheOptions, Store, is_remote, open_store
 from shards.writer import MANIFEST, parse_manifest
@@ -90,6 +90,15 @@ class Readers:
                     while len(self._open) > self._limit:
                         self._open.popitem(last=False)
             return opened
+
+    def columns(self, shard: int) -> dict[str, np.ndarray]:
+        """The columns of a shard's index, from memory where the shard is open. Raises DataError."""
+        with self._lock:
+            opened = self._open.get(shard)
+        if opened is not None:
+            return opened.reader.columns
+        with self.index(shard) as path:
+            return read_index(path)
 
     @contextmanager
     def index(self, shard: int) -> Iterator[Path]:
@@ -235,12 +244,11 @@ class ShardSet:
         )
 
     def _lengths(self, shard: int, number: dict[str, int]) -> ShardLengths:
-        with self.readers.index(shard) as path:
-            columns = read_index(path)
+        columns = self.readers.columns(shard)
         names = [name.decode("utf-8", "replace") for name in columns["sources"].tolist()]
         offsets, words, source = (columns[name] for name in ("token_offsets", "words", "source"))
         entry = self.manifest["shards"][shard]
-        if count_index(names, source, np.diff(offsets), words).sources != entry["sources"]:
+        if count_sources(names, source, np.diff(offsets), words) != entry["sources"]:
             raise DataError(
                 f"index {entry['index']['file']} does not hold the samples, words and tokens that the manifest counts: "
                 "make the shards again"

@@ -146,15 +146,24 @@ def _joined(parts: list[np.ndarray], kind: str) -> np.ndarray:
     return np.concatenate([np.zeros(0, kind), *parts])
 
 
+def count_sources(
+    names: list[str], source: np.ndarray, tokens: np.ndarray, words: np.ndarray
+) -> dict[str, dict[str, int]]:
+    """The samples, words and tokens of each of `names` [k], of samples' source [N], tokens [N] and words [N]."""
+    sums = [np.bincount(source, weights, minlength=len(names)).tolist() for weights in (None, words, tokens)]
+    parts = zip(*sums, strict=True)  # sums of float64 are exact here: a shard is far from 2^53 tokens
+    return {
+        name: dict(zip(("samples", "words", "tokens"), map(int, part), strict=True))
+        for name, part in zip(names, parts, strict=True)
+    }
+
+
 def count_index(names: list[str], source: np.ndarray, tokens: np.ndarray, words: np.ndarray) -> Counted:
     """The counts of samples of `names` [k] by source [N], tokens [N] and words [N]."""
-    sources = {}
-    for number, name in enumerate(names):
-        mine = source == number
-        counted = int(mine.sum()), int(words[mine].sum()), int(tokens[mine].sum())
-        sources[name] = dict(zip(("samples", "words", "tokens"), counted, strict=True))
-    pairs, many = np.unique(np.stack([source.astype(np.int64), tokens]), axis=1, return_counts=True)
-    return Counted(sources, np.stack([*pairs, many], axis=1))
+    span = int(tokens.max(initial=0)) + 1
+    codes, many = np.unique(source.astype(np.int64) * span + tokens, return_counts=True)
+    lengths = np.stack([codes // span, codes % span, many], axis=1)
+    return Counted(count_sources(names, source, tokens, words), lengths)
 
 
 def load_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
