@@ -23,27 +23,40 @@ import numpy as np
 from shards.corpus import Corpus, ShardLengths
 from shards.index import RAW_DTYPES, UNREADABLE, ShardReader, count_sources, load_columns, read_index
 from shards.record import VECTOR_SIZE, DataError
+from shards.regions import MappedRegion
 from shards.store import CacheOptions, Store, is_remote, open_store
 from shards.writer import MANIFEST, parse_manifest
 
 DAMAGE_CEILING = 1e-4
 FILES_PER_SHARD, SPARE_FILES = 4, 256
 MAX_OPEN = 256
+TABLE = ("first_token", "stop_token", "words", "image_id", "vector_offset")  # columns of OpenShard.table
 
 
 class OpenShard:
-    """One open shard and which of its samples are damaged."""
+    """One open shard, which of its samples are damaged, and what gathering rows looks up."""
 
-    __slots__ = ("__weakref__", "damaged", "lost", "reader", "vector_bytes")
+    __slots__ = ("__weakref__", "blocks", "damaged", "lost", "reader", "table", "tokens", "vector_bytes")
 
     def __init__(self, reader: ShardReader, damaged: frozenset[int]) -> None:
-        """lost: bool [N], the same as `damaged`; vector_bytes: the size of each vector, 0 where they are not raw."""
+        """lost: bool [N], the same as `damaged`; table: int64 [N, 5], the columns of TABLE.
+
+        vector_bytes: the size of each vector, 0 where they are not raw. tokens [K] and blocks (a vector from each
+        byte of the tar on) are maps of the files, None where the files are read at offsets.
+        """
         self.reader, self.damaged = reader, damaged
-        kinds = np.unique(reader.columns["vector_kind"])
+        columns = reader.columns
+        kinds = np.unique(columns["vector_kind"])
         raw = RAW_DTYPES.get(int(kinds[0])) if len(kinds) == 1 else None
         self.vector_bytes = VECTOR_SIZE * raw.itemsize if raw else 0
         self.lost = np.zeros(len(reader), np.bool_)
         self.lost[list(damaged)] = True
+        offsets = columns["token_offsets"]
+        rest = (columns[name].astype(np.int64) for name in TABLE[2:])
+        self.table = np.stack([offsets[:-1], offsets[1:], *rest], axis=1)
+        tokens, data = reader.token_bytes, reader.data
+        self.tokens = tokens.items(reader.token_dtype) if isinstance(tokens, MappedRegion) else None
+        self.blocks = data.blocks(self.vector_bytes) if isinstance(data, MappedRegion) and raw else None
 
     def words_of(self, start: int, stop: int) -> int:
         """The words that begin in tokens start : stop of the shard."""

@@ -6,10 +6,11 @@ A mapped file that shrinks kills its process; a read that comes back short is an
 from __future__ import annotations
 
 import mmap
+import operator
 import os
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import psutil
@@ -19,42 +20,22 @@ from shards.record import DataError
 SHARED_FILE_SYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "fuse", "9p", "ceph", "beegfs", "afs", "glusterfs")
 
 
-class Region(Protocol):
-    """Bytes start : start + size of a file; offsets count from its start. Raises DataError where bytes are missing."""
-
-    def __getitem__(self, where: slice, /) -> bytes | memoryview:
-        """The bytes of [begin:stop]."""
-        ...
-
-    def blocks(self, begins: np.ndarray, size: int) -> np.ndarray:
-        """void [n] of `size` bytes each: those from each of `begins` int64 [n] onwards."""
-        ...
-
-    def runs(self, begins: np.ndarray, counts: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """dtype [sum of counts]: counts[i] items from item begins[i] onwards, one run after the other."""
-        ...
-
-
 class MappedRegion:
-    """A region of a mapped file."""
+    """A region of a mapped file; `data` holds all of it."""
 
     def __init__(self, data: memoryview) -> None:
-        self._data = data
+        self.data = data
 
     def __getitem__(self, where: slice) -> memoryview:
-        return self._data[where]
+        return self.data[where]
 
-    def blocks(self, begins: np.ndarray, size: int) -> np.ndarray:
-        if not len(begins):
-            return np.zeros(0, f"V{size}")
-        every = np.ndarray(len(self._data) - size + 1, f"V{size}", self._data, strides=(1,))  # overlapping, no copy
-        return every[begins]
+    def items(self, dtype: np.dtype) -> np.ndarray:
+        """dtype [n]: the region as items, without a copy."""
+        return np.frombuffer(self.data, dtype)
 
-    def runs(self, begins: np.ndarray, counts: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        before = np.cumsum(counts) - counts
-        at = np.repeat(begins - before, counts)
-        at += np.arange(len(at))
-        return np.frombuffer(self._data, dtype)[at]
+    def blocks(self, size: int) -> np.ndarray:
+        """void [n] of `size` bytes each: block i is bytes i : i + size, without a copy."""
+        return np.ndarray(max(0, len(self.data) - size + 1), f"V{size}", self.data, strides=(1,))
 
 
 class FileRegion:
@@ -64,24 +45,19 @@ class FileRegion:
         self._path, self._descriptor, self._start = path, descriptor, start
 
     def __getitem__(self, where: slice) -> bytes:
+        """The bytes of [begin:stop]. Raises DataError where some are missing."""
         data = os.pread(self._descriptor, where.stop - where.start, self._start + where.start)
         if len(data) != where.stop - where.start:
-            raise self._short()
+            raise DataError(f"{self._path} is truncated: get it again")
         return data
 
-    def blocks(self, begins: np.ndarray, size: int) -> np.ndarray:
-        out = np.empty((len(begins), size), np.uint8)
-        for row, begin in zip(out, begins.tolist(), strict=True):
-            if os.preadv(self._descriptor, [row.data], self._start + begin) != size:
-                raise self._short()
-        return out.view(f"V{size}").reshape(-1)
 
-    def runs(self, begins: np.ndarray, counts: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        places = zip((begins * dtype.itemsize).tolist(), ((begins + counts) * dtype.itemsize).tolist(), strict=True)
-        return np.frombuffer(b"".join([self[begin:stop] for begin, stop in places]), dtype)
+Region = MappedRegion | FileRegion
 
-    def _short(self) -> DataError:
-        return DataError(f"{self._path} is truncated: get it again")
+
+def join(regions: Sequence[Region], begins: Sequence[int], stops: Sequence[int]) -> bytearray:
+    """The bytes of begins[i] : stops[i] of regions[i], one run after the other."""
+    return bytearray().join(map(operator.getitem, regions, map(slice, begins, stops)))
 
 
 def is_shared(path: Path) -> bool:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from shards.corpus import PAIRS, RowPlan
-from shards.dataset import OpenShard
+from shards.dataset import TABLE, OpenShard
 from shards.record import VECTOR_SIZE
+from shards.regions import join
 from shards.tokenizer import BOS, EOS
 
 IGNORED = -100
+DENSE = 8  # spans a shard
 
 
 @dataclass(frozen=True)
@@ -66,52 +68,25 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """The whole spans of a plan that lie in one shard: samples, and where they read tokens, each int64 [n]."""
-
-    opened: OpenShard
-    here: slice  # of the spans of all groups
-    samples: np.ndarray
-    begins: np.ndarray
-    stops: np.ndarray
-
-    def column(self, name: str) -> np.ndarray:
-        """A column of the index."""
-        return self.opened.reader.columns[name][self.samples]
-
-
-@dataclass(frozen=True)
 class _Spans:
-    """The whole spans of a plan, shard after shard."""
+    """The whole spans of a plan, shard after shard: each int64 [X], ends bool [X]."""
 
-    order: np.ndarray  # int64 [X]: which spans of the plan
-    starts: np.ndarray  # int64 [X]: first position
-    lengths: np.ndarray  # int64 [X]: positions
-    ends: np.ndarray  # bool [X]: whether the record ends in the span, so that eos is its last target
-    groups: list[_Group]
+    order: np.ndarray  # which spans of the plan
+    samples: np.ndarray
+    starts: np.ndarray  # first position
+    lengths: np.ndarray  # positions
+    begins: np.ndarray  # of the tokens that are read, in the shard
+    stops: np.ndarray
+    ends: np.ndarray  # whether the record ends in the span, so that eos is its last target
+    words: np.ndarray
+    image_ids: np.ndarray
+    vectors: np.ndarray  # where the vector begins in the tar
+    groups: list[tuple[OpenShard, slice]]  # the spans of each shard
 
-    def column(self, name: str) -> np.ndarray:
-        """A column of the index of each span's sample, [X]."""
-        return _joined([group.column(name) for group in self.groups])
-
-    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """(the tokens that the spans read, one span after the other; how many each reads): no specials."""
-        runs = []
-        for group in self.groups:
-            reader = group.opened.reader
-            runs.append(reader.token_bytes.runs(group.begins, group.stops - group.begins, reader.token_dtype))
-        return _joined(runs), _joined([group.stops - group.begins for group in self.groups])
-
-    def words(self) -> np.ndarray:
-        """The words that begin in each span, [X]."""
-        words = self.column("words")
-        cut = (self.starts > 0) | ~self.ends
-        for group in self.groups if cut.any() else ():
-            for at in np.flatnonzero(cut[group.here]).tolist():
-                span = group.here.start + at
-                begin = int(group.begins[at]) + int(self.starts[span] > 0)
-                words[span] = group.opened.words_of(begin, int(group.stops[at]))
-        return words
+    @property
+    def dense(self) -> bool:
+        """Whether a shard has so many spans that they are quicker taken together than one by one."""
+        return len(self.order) >= DENSE * len(self.groups)
 
 
 def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.ndarray) -> Rows:
@@ -141,12 +116,12 @@ def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.nd
     )
     rows.valid[row] = True
     if most > 1:
-        np.add.at(rows.words, row, spans.words())
+        np.add.at(rows.words, row, spans.words)
     else:
-        rows.words[row] = spans.words()
+        rows.words[row] = spans.words
     if pairs:
         rows.has_vision[slot] = True
-        rows.image_ids[slot] = spans.column("image_id")
+        rows.image_ids[slot] = spans.image_ids
     return rows
 
 
@@ -165,29 +140,54 @@ def _places(plan: RowPlan, per_row: np.ndarray, most: int) -> tuple[np.ndarray, 
 def _look_up(find: Callable[[int], OpenShard], plan: RowPlan) -> _Spans:
     """Find the spans in their shards, leaving out those whose sample is damaged."""
     order = np.argsort(plan.shards, kind="stable")
-    shards = plan.shards[order]
-    cuts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(order)]
-    kept, ends, groups, count = [], [], [], 0
-    for first, stop in itertools.pairwise(cuts if len(order) else []):
-        opened, here = find(int(shards[first])), order[first:stop]
-        samples = plan.samples[here]
+    shards, samples = plan.shards[order], plan.samples[order]
+    cuts = [0, *(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(order)]
+    kept, found, groups, count = [order[:0]], [np.zeros((0, len(TABLE)), np.int64)], [], 0
+    for first, stop in itertools.pairwise(cuts) if len(order) else ():
+        opened, here, mine = find(int(shards[first])), order[first:stop], samples[first:stop]
         if opened.damaged:
-            whole = ~opened.lost[samples]
-            here, samples = here[whole], samples[whole]
-        starts, offsets = plan.starts[here], opened.reader.columns["token_offsets"]
-        low, high = offsets[samples], offsets[samples + 1]
-        stops = low + starts + plan.lengths[here]
+            whole = ~opened.lost[mine]
+            here, mine = here[whole], mine[whole]
         kept.append(here)
-        ends.append(stops > high)
-        begins = low + starts - (starts > 0)  # the first input of a later piece is the last target before it
-        groups.append(_Group(opened, slice(count, count + len(here)), samples, begins, np.minimum(stops, high)))
+        found.append(opened.table[mine])
+        groups.append((opened, slice(count, count + len(here))))
         count += len(here)
-    order = _joined(kept)
-    return _Spans(order, plan.starts[order], plan.lengths[order], _joined(ends).astype(np.bool_), groups)
+    order = np.concatenate(kept)
+    low, high, words, image_ids, vectors = np.concatenate(found).T
+    starts, lengths = plan.starts[order], plan.lengths[order]
+    stops = low + starts + lengths
+    ends, stops = stops > high, np.minimum(stops, high)
+    begins = low + starts - (starts > 0)  # the first input of a later piece is the last target before it
+    spans = _Spans(order, plan.samples[order], starts, lengths, begins, stops, ends, words, image_ids, vectors, groups)
+    _count_words(spans)
+    return spans
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+def _count_words(spans: _Spans) -> None:
+    """Put in the words of spans that hold only a piece of their record."""
+    cut = (spans.starts > 0) | ~spans.ends
+    for opened, here in spans.groups if cut.any() else ():
+        for at in (np.flatnonzero(cut[here]) + here.start).tolist():
+            begin = int(spans.begins[at]) + int(spans.starts[at] > 0)
+            spans.words[at] = opened.words_of(begin, int(spans.stops[at]))
+
+
+def _tokens(spans: _Spans, counts: np.ndarray) -> np.ndarray:
+    """The tokens that the spans read, `counts` [X] of each, one span after the other: no specials."""
+    parts = [(opened.tokens, here) for opened, here in spans.groups if opened.tokens is not None]
+    if spans.dense and len(parts) == len(spans.groups):
+        upto = np.concatenate([[0], np.cumsum(counts)])
+        at = np.repeat(spans.begins - upto[:-1], counts)
+        at += np.arange(len(at))
+        runs = [tokens[at[upto[here.start] : upto[here.stop]]] for tokens, here in parts]
+        return np.concatenate(runs) if runs else at
+    runs = []
+    for opened, here in spans.groups:
+        width = opened.reader.token_dtype.itemsize
+        begins, stops = (spans.begins[here] * width).tolist(), (spans.stops[here] * width).tolist()
+        read = join([opened.reader.token_bytes] * len(begins), begins, stops)
+        runs.append(np.frombuffer(read, opened.reader.token_dtype))
+    return np.concatenate(runs)
 
 
 def _lay_out(
@@ -202,7 +202,8 @@ def _lay_out(
     inputs, targets = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
     of_row, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
     lengths, begins, ends = spans.lengths, spans.starts == 0, spans.ends
-    read, counts = spans.tokens()
+    counts = spans.stops - spans.begins
+    read = _tokens(spans, counts)
     upto = np.cumsum(counts)
     to = np.repeat(places + begins - (upto - counts), counts)  # where each token is an input; it is the target before
     to += np.arange(len(to))
@@ -224,15 +225,21 @@ def _lay_out(
 
 def _vision(spans: _Spans, slot: np.ndarray, size: int) -> np.ndarray:
     """float16 or float32 [size, V]: the vectors at their slots, in the dtype they are stored in where all agree."""
-    sizes = {group.opened.vector_bytes for group in spans.groups}
-    dtype = np.dtype(f"<f{sizes.pop() // VECTOR_SIZE}") if len(sizes) == 1 and 0 not in sizes else np.dtype("<f4")
+    widths = {opened.vector_bytes for opened, _ in spans.groups}
+    width = widths.pop() if len(widths) == 1 else 0
+    dtype = np.dtype(f"<f{width // VECTOR_SIZE}" if width else "<f4")
     out = (np.empty if len(slot) == size else np.zeros)((size, VECTOR_SIZE), dtype)
-    for group in spans.groups:
-        reader, width = group.opened.reader, group.opened.vector_bytes
-        to = slot[group.here]
-        if width == out[0].nbytes:
-            out.view(f"V{width}")[to, 0] = reader.data.blocks(group.column("vector_offset"), width)
-        else:
-            for place, sample in zip(to.tolist(), group.samples.tolist(), strict=True):
-                out[place] = reader.vector(sample)
+    mapped = [(opened.blocks, here) for opened, here in spans.groups if opened.blocks is not None]
+    if width and spans.dense and len(mapped) == len(spans.groups):
+        to = out.view(f"V{width}")[:, 0]
+        for blocks, here in mapped:
+            to[slot[here]] = blocks[spans.vectors[here]]
+    elif width:
+        regions = [opened.reader.data for opened, here in spans.groups for _ in range(here.start, here.stop)]
+        read = join(regions, spans.vectors.tolist(), (spans.vectors + width).tolist())
+        out[slot] = np.frombuffer(read, dtype).reshape(-1, VECTOR_SIZE)
+    else:
+        for opened, here in spans.groups:
+            for place, sample in zip(slot[here].tolist(), spans.samples[here].tolist(), strict=True):
+                out[place] = opened.reader.vector(sample)
     return out
