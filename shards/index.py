@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.npy import read_array, read_header
 from shards.record import TEXT_FIELDS, VECTOR_SIZE, DataError
 from shards.regions import is_shared, open_region
 from shards.tokenizer import TextTokenizer
@@ -169,10 +170,15 @@ def count_index(names: list[str], source: np.ndarray, tokens: np.ndarray, words:
 def load_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Arrays of an index; raises DataError when the file or one of them is missing or damaged."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
+        with zipfile.ZipFile(path) as archive:
+            return {name: _stored(archive, name) for name in names}
     except UNREADABLE as error:
         raise _damaged(path, error) from None
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as member:
+        return read_array(member)
 
 
 def _damaged(path: Path, error: object) -> DataError:
@@ -303,10 +309,7 @@ def _places(index: Path, wanted: dict[str, tuple[object, int]]) -> list[int]:
             for name, (dtype, count) in wanted.items():
                 info = archive.getinfo(f"{name}.npy")
                 with archive.open(info) as member:
-                    version = np.lib.format.read_magic(member)
-                    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                    shape, _, found = reader[version](member)
-                    header_bytes = member.tell()
+                    shape, found, header_bytes = read_header(member)
                 if info.compress_type != zipfile.ZIP_STORED or shape != (count,) or found != dtype:
                     raise _damaged(index, f"{name} is {found} {shape}, not stored {dtype} ({count},)")
                 stream.seek(info.header_offset + 26)
