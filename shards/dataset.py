@@ -16,59 +16,51 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from shards.corpus import Corpus, ShardLengths
-from shards.index import RAW_DTYPES, UNREADABLE, ShardReader, count_index, load_columns, read_index
+from shards.index import RAW_DTYPES, UNREADABLE, ShardReader, count_sources, load_columns, read_index
 from shards.record import VECTOR_SIZE, DataError
+from shards.regions import MappedRegion
 from shards.store import CacheOptions, Store, is_remote, open_store
 from shards.writer import MANIFEST, parse_manifest
 
 DAMAGE_CEILING = 1e-4
 FILES_PER_SHARD, SPARE_FILES = 4, 256
 MAX_OPEN = 256
-
-
-class Sliced(Protocol):
-    """Bytes that are read by slicing: a memoryview of a map, or a file read at offsets."""
-
-    def __getitem__(self, where: slice, /) -> bytes | memoryview: ...
+TABLE = ("first_token", "stop_token", "words", "image_id", "vector_offset")  # columns of OpenShard.table
 
 
 class OpenShard:
-    """One open shard and which of its samples are damaged."""
+    """One open shard, which of its samples are damaged, and what gathering rows looks up."""
 
-    __slots__ = ("__weakref__", "damaged", "parts", "reader")
+    __slots__ = ("__weakref__", "blocks", "damaged", "lost", "reader", "table", "tokens", "vector_bytes")
 
     def __init__(self, reader: ShardReader, damaged: frozenset[int]) -> None:
+        """lost: bool [N], the same as `damaged`; table: int64 [N, 5], the columns of TABLE.
+
+        vector_bytes: the size of each vector, 0 where they are not raw. tokens [K] and blocks (a vector from each
+        byte of the tar on) are maps of the files, None where the files are read at offsets.
+        """
         self.reader, self.damaged = reader, damaged
         columns = reader.columns
         kinds = np.unique(columns["vector_kind"])
         raw = RAW_DTYPES.get(int(kinds[0])) if len(kinds) == 1 else None
-        data: Sliced = reader.data
-        tokens: Sliced = reader.token_bytes
-        self.parts = (  # what gathering rows looks up for every span: columns that yield Python ints, bytes by slice
-            damaged,
-            _integers(columns["token_offsets"]),
-            reader.token_dtype.itemsize,
-            tokens,
-            _integers(columns["words"]),
-            _integers(columns["image_id"]),
-            _integers(columns["vector_offset"]),
-            VECTOR_SIZE * raw.itemsize if raw else 0,  # 0: decode each with reader.vector
-            data,
-        )
+        self.vector_bytes = VECTOR_SIZE * raw.itemsize if raw else 0
+        self.lost = np.zeros(len(reader), np.bool_)
+        self.lost[list(damaged)] = True
+        offsets = columns["token_offsets"]
+        rest = (columns[name].astype(np.int64) for name in TABLE[2:])
+        self.table = np.stack([offsets[:-1], offsets[1:], *rest], axis=1)
+        tokens, data = reader.token_bytes, reader.data
+        self.tokens = tokens.items(reader.token_dtype) if isinstance(tokens, MappedRegion) else None
+        self.blocks = data.blocks(self.vector_bytes) if isinstance(data, MappedRegion) and raw else None
 
     def words_of(self, start: int, stop: int) -> int:
         """The words that begin in tokens start : stop of the shard."""
         return int(np.frombuffer(self.reader.word_start_bytes[start:stop], np.uint8).sum(dtype=np.int64))
-
-
-def _integers(column: np.ndarray) -> memoryview:
-    """A column whose elements are read as Python ints, faster than numpy's own."""
-    return memoryview(column.data)
 
 
 class Readers:
@@ -111,6 +103,15 @@ class Readers:
                     while len(self._open) > self._limit:
                         self._open.popitem(last=False)
             return opened
+
+    def columns(self, shard: int) -> dict[str, np.ndarray]:
+        """The columns of a shard's index, from memory where the shard is open. Raises DataError."""
+        with self._lock:
+            opened = self._open.get(shard)
+        if opened is not None:
+            return opened.reader.columns
+        with self.index(shard) as path:
+            return read_index(path)
 
     @contextmanager
     def index(self, shard: int) -> Iterator[Path]:
@@ -256,12 +257,11 @@ class ShardSet:
         )
 
     def _lengths(self, shard: int, number: dict[str, int]) -> ShardLengths:
-        with self.readers.index(shard) as path:
-            columns = read_index(path)
+        columns = self.readers.columns(shard)
         names = [name.decode("utf-8", "replace") for name in columns["sources"].tolist()]
         offsets, words, source = (columns[name] for name in ("token_offsets", "words", "source"))
         entry = self.manifest["shards"][shard]
-        if count_index(names, source, np.diff(offsets), words).sources != entry["sources"]:
+        if count_sources(names, source, np.diff(offsets), words) != entry["sources"]:
             raise DataError(
                 f"index {entry['index']['file']} does not hold the samples, words and tokens that the manifest counts: "
                 "make the shards again"

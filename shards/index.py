@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import io
 import json
-import mmap
 import os
 import tokenize
-import weakref
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -30,9 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import psutil
 
+from shards.npy import read_array, read_header
 from shards.record import TEXT_FIELDS, VECTOR_SIZE, DataError
+from shards.regions import is_shared, open_region
 from shards.tokenizer import TextTokenizer
 
 FORMAT = 2
@@ -57,7 +56,6 @@ UNREADABLE = (
     *(OSError, ValueError, EOFError, KeyError, NotImplementedError, MemoryError, OverflowError, RecursionError),
     *(SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
-SHARED_FILE_SYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "fuse", "9p", "ceph", "beegfs", "afs", "glusterfs")
 
 
 def index_path(tar: Path) -> Path:
@@ -149,25 +147,38 @@ def _joined(parts: list[np.ndarray], kind: str) -> np.ndarray:
     return np.concatenate([np.zeros(0, kind), *parts])
 
 
+def count_sources(
+    names: list[str], source: np.ndarray, tokens: np.ndarray, words: np.ndarray
+) -> dict[str, dict[str, int]]:
+    """The samples, words and tokens of each of `names` [k], of samples' source [N], tokens [N] and words [N]."""
+    sums = [np.bincount(source, weights, minlength=len(names)).tolist() for weights in (None, words, tokens)]
+    parts = zip(*sums, strict=True)  # sums of float64 are exact here: a shard is far from 2^53 tokens
+    return {
+        name: dict(zip(("samples", "words", "tokens"), map(int, part), strict=True))
+        for name, part in zip(names, parts, strict=True)
+    }
+
+
 def count_index(names: list[str], source: np.ndarray, tokens: np.ndarray, words: np.ndarray) -> Counted:
     """The counts of samples of `names` [k] by source [N], tokens [N] and words [N]."""
-    sources = {}
-    for number, name in enumerate(names):
-        mine = source == number
-        counted = int(mine.sum()), int(words[mine].sum()), int(tokens[mine].sum())
-        sources[name] = dict(zip(("samples", "words", "tokens"), counted, strict=True))
-    width = int(tokens.max(initial=0)) + 1
-    pairs, many = np.unique(source.astype(np.int64) * width + tokens, return_counts=True)
-    return Counted(sources, np.stack([*np.divmod(pairs, width), many], axis=1))
+    span = int(tokens.max(initial=0)) + 1
+    codes, many = np.unique(source.astype(np.int64) * span + tokens, return_counts=True)
+    lengths = np.stack([codes // span, codes % span, many], axis=1)
+    return Counted(count_sources(names, source, tokens, words), lengths)
 
 
 def load_columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Arrays of an index; raises DataError when the file or one of them is missing or damaged."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
+        with zipfile.ZipFile(path) as archive:
+            return {name: _stored(archive, name) for name in names}
     except UNREADABLE as error:
         raise _damaged(path, error) from None
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as member:
+        return read_array(member)
 
 
 def _damaged(path: Path, error: object) -> DataError:
@@ -213,29 +224,10 @@ def _vectors_fit(columns: dict[str, np.ndarray]) -> bool:
     return bool((kind <= ENCODED_VECTOR).all() and (size[raw] == wanted[raw]).all())
 
 
-class _FileSlices:
-    """A region of a file, read by slicing: what a map would be, but safe where another machine may shrink the file."""
-
-    def __init__(self, descriptor: int, start: int) -> None:
-        self._descriptor, self._start = descriptor, start
-
-    def __getitem__(self, where: slice) -> bytes:
-        return os.pread(self._descriptor, where.stop - where.start, self._start + where.start)
-
-
-def _is_shared(path: Path) -> bool:
-    """Whether a file lies on a file system that other machines write to."""
-    resolved = str(path.resolve())
-    mounts = [m for m in psutil.disk_partitions(all=True) if resolved.startswith(m.mountpoint.rstrip("/") + "/")]
-    kind = max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else ""
-    return kind.startswith(SHARED_FILE_SYSTEMS)
-
-
 class ShardReader:
-    """One open shard: columns in memory; the tar, tokens and word starts as bytes to be sliced.
+    """One open shard: columns in memory; data (the tar), token_bytes and word_start_bytes as regions of their files.
 
-    data, token_bytes and word_start_bytes yield bytes for [start:stop]: a map of the file, or reads at offsets where
-    the file system is shared. All is closed when the reader is no longer used.
+    All is closed when the reader is no longer used.
     """
 
     def __init__(self, tar: Path, tokenizer_hash: str | None = None, index: Path | None = None) -> None:
@@ -248,10 +240,10 @@ class ShardReader:
         self.token_dtype = np.dtype(f"<u{int(header[5])}")
         count = int(header[3])
         tokens, starts = _places(self.index, {"tokens": (self.token_dtype, count), "word_starts": (np.uint8, count)})
-        shared = _is_shared(tar) or _is_shared(self.index)
-        self.data = _slices(self, tar, 0, int(header[1]), shared)
-        self.token_bytes = _slices(self, self.index, tokens, count * self.token_dtype.itemsize, shared)
-        self.word_start_bytes = _slices(self, self.index, starts, count, shared)
+        shared = is_shared(tar) or is_shared(self.index)
+        self.data = open_region(self, tar, 0, int(header[1]), shared=shared)
+        self.token_bytes = open_region(self, self.index, tokens, count * self.token_dtype.itemsize, shared=shared)
+        self.word_start_bytes = open_region(self, self.index, starts, count, shared=shared)
 
     def __len__(self) -> int:
         return len(self.columns["words"])
@@ -309,26 +301,6 @@ class ShardReader:
         return np.array(bad, dtype=np.int64)
 
 
-def _slices(owner: ShardReader, path: Path, start: int, size: int, shared: bool) -> memoryview | _FileSlices:
-    """Bytes start : start + size of a file, closed with `owner`. Raises DataError when the file is shorter."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}: get it again") from None
-    if os.fstat(descriptor).st_size < start + size:
-        os.close(descriptor)
-        raise DataError(f"{path} is truncated: get it again")
-    if shared:
-        weakref.finalize(owner, os.close, descriptor)
-        return _FileSlices(descriptor, start)
-    try:
-        if size == 0:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(descriptor, start + size, access=mmap.ACCESS_READ))[start:]
-    finally:
-        os.close(descriptor)  # the map keeps one of its own
-
-
 def _places(index: Path, wanted: dict[str, tuple[object, int]]) -> list[int]:
     """Where the values of stored arrays begin in an index. Raises DataError unless each has the dtype and length."""
     places = []
@@ -337,10 +309,7 @@ def _places(index: Path, wanted: dict[str, tuple[object, int]]) -> list[int]:
             for name, (dtype, count) in wanted.items():
                 info = archive.getinfo(f"{name}.npy")
                 with archive.open(info) as member:
-                    version = np.lib.format.read_magic(member)
-                    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                    shape, _, found = reader[version](member)
-                    header_bytes = member.tell()
+                    shape, found, header_bytes = read_header(member)
                 if info.compress_type != zipfile.ZIP_STORED or shape != (count,) or found != dtype:
                     raise _damaged(index, f"{name} is {found} {shape}, not stored {dtype} ({count},)")
                 stream.seek(info.header_offset + 26)

@@ -1,7 +1,9 @@
-"""Byte-level BPE by memory: each pre-token is given to the library once, and looked up afterwards.
+"""Byte-level BPE by memory: a chunk of text is given to the library once, and looked up afterwards.
 
-A pre-token's tokens do not depend on what is around it, and texts repeat few of them. Symbols: N texts, X pre-tokens
-of all of them, K tokens.
+A chunk is a word with the blank, tab or line's end before it. GPT-2's pre-tokenizer always begins a pre-token at a lone
+one of them, and none goes on past the end of a word into the space after it: so a chunk's tokens depend
+on nothing around it, and the library may see it alone. Texts with other white space, or with runs of it, and chunks
+that are too long to keep are left to the library. Symbols: N texts, C chunks of all of them, K tokens.
 """
 
 from __future__ import annotations
@@ -14,10 +16,14 @@ from itertools import chain
 import numpy as np
 import tokenizers
 
-# the pattern of GPT-2's byte-level pre-tokenizer, for ASCII alone: Unicode's classes change with its versions
-PRE_TOKEN = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-UNSURE = re.compile(r"[^\t\n\r -~]")  # characters that implementations class differently
-LIMIT = 1 << 18  # pre-tokens held
+MARK = "\0"  # begins the first chunk of a text
+ODD_TEXT = "\v"
+SPACES = ("\n", "\t")  # what may stand before a word in place of a blank
+SPACE = re.compile(r"[\s\x1c-\x1f\x85\u180e\u200b-\u200f\u2060\ufeff]")  # what anyone may take for white space
+LONGEST = 64  # characters of a chunk
+LIMIT = 1 << 18  # chunks held
+ODD, ODD_FIRST = range(2)  # the numbers of all chunks that are left to the library
+IS_FIRST, IS_ODD = 1, 2
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
@@ -32,77 +38,98 @@ def fits(tokenizer_json: str) -> bool:
     return model.get("type") == "BPE" and plain and added and byte_level and parts == [None] * 4
 
 
-def can_encode(text: str) -> bool:
-    """Whether a text holds only characters that every implementation splits alike."""
-    return text.isascii() and UNSURE.search(text) is None
+class _Numbers(dict[str, int]):
+    """The number of each chunk; new ones are numbered when they are asked for, and `new` lists them."""
+
+    def __init__(self) -> None:
+        self.new: list[str] = []
+        self.count = 2
+
+    def __missing__(self, chunk: str) -> int:
+        first = chunk.startswith(MARK)
+        word = chunk[1:] if first or chunk.startswith(SPACES) else chunk
+        if len(chunk) > LONGEST or SPACE.search(word) or not (word or first):
+            return ODD_FIRST if first else ODD
+        self[chunk] = number = self.count
+        self.new.append(chunk)
+        self.count += 1
+        return number
 
 
 class Memo:
-    """The pre-tokens met so far and their tokens."""
+    """The chunks met so far and their tokens."""
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self._inner = inner
         self._clear()
 
     def _clear(self) -> None:
-        self._numbers: dict[str, int] = {}
-        empty = np.zeros(0, np.int64)
-        self._tokens, self._begins, self._counts = empty, empty, empty
-        self._spaced = empty  # the token of the pre-token in which a word begins after a space, -1: none
-        self._plain, self._ends_space = np.zeros(0, np.bool_), np.zeros(0, np.bool_)
+        self._numbers = _Numbers()
+        self._tokens, self._used = np.zeros(1024, np.int64), 0
+        self._table = np.zeros((1024, 3), np.int64)  # of a chunk: its first token, how many, which begins its word
+        self._flags = np.zeros(1024, np.uint8)
+        self._flags[[ODD, ODD_FIRST]] = IS_ODD, IS_ODD | IS_FIRST
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(tokens int64 [K], tokens of each text int64 [N], words that begin in each token uint8 [K])."""
-        pieces = [PRE_TOKEN.findall(text) for text in texts]
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens int64 [K], offsets int64 [N + 1] of texts, words that begin in each token uint8 [K], left out).
+
+        Left out, int64: the texts that the library must encode; they have no tokens here.
+        """
+        joined = MARK + f" {MARK}".join(texts)
+        if joined.count(MARK) != len(texts):
+            joined = MARK + f" {MARK}".join([ODD_TEXT if MARK in text else text for text in texts])
+        chunks = joined.replace("\n", " \n").replace("\t", " \t").split(" ")
         if len(self._numbers) > LIMIT:
             self._clear()
-        self._learn(pieces)
-        lookup = self._numbers
-        per_text = np.fromiter(map(len, pieces), np.int64, len(texts))
-        met = np.fromiter(map(lookup.__getitem__, chain.from_iterable(pieces)), np.int64, int(per_text.sum()))
-        counts = self._counts[met]
-        ends = np.cumsum(counts)
-        starts = ends - counts
-        total = int(ends[-1]) if len(ends) else 0
-        tokens = self._tokens[np.repeat(self._begins[met] - starts, counts) + np.arange(total)]
-        after_space = np.ones(len(met), np.bool_)
-        after_space[1:] = self._ends_space[met[:-1]]
-        text_ends = np.cumsum(per_text)
-        firsts = (text_ends - per_text)[per_text > 0]
-        after_space[firsts] = True
-        words = np.zeros(total, np.uint8)
-        words[starts[self._plain[met] & after_space]] = 1
-        spaced = self._spaced[met]
-        words[(starts + spaced)[spaced >= 0]] = 1
-        upto = np.concatenate([[0], ends])
-        return tokens, upto[text_ends] - upto[text_ends - per_text], words
+        met = np.fromiter(map(self._numbers.__getitem__, chunks), np.int64, len(chunks))
+        if self._numbers.new:
+            self._learn(self._numbers.new)
+            self._numbers.new = []
+        flags = self._flags[met]
+        firsts = np.flatnonzero(flags & IS_FIRST)
+        begins, counts, words = self._table[met].T
+        odd = np.unique(np.searchsorted(firsts, np.flatnonzero(flags & IS_ODD), side="right") - 1)
+        if len(odd):
+            counts = counts.copy()
+            for at, stop in zip(firsts[odd].tolist(), np.append(firsts, len(met))[odd + 1].tolist(), strict=True):
+                counts[at:stop] = 0
+        upto = np.cumsum(counts)
+        starts = upto - counts
+        at = np.repeat(begins - starts, counts)
+        at += np.arange(len(at))
+        word_starts = np.zeros(len(at), np.uint8)
+        word_starts[(starts + words)[counts > 0]] = 1
+        return self._tokens[at], np.append(starts[firsts], len(at)), word_starts, odd
 
-    def _learn(self, pieces: list[list[str]]) -> None:
-        """Ask the library for the pre-tokens that are new."""
-        new = sorted(set(chain.from_iterable(pieces)).difference(self._numbers))
-        if not new:
-            return
-        encodings = self._inner.encode_batch(new, add_special_tokens=False)
-        begun = len(self._tokens)
-        counts = np.fromiter(map(len, encodings), np.int64, len(new))
-        tokens = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, int(counts.sum()))
-        spaced = [
-            next(at for at, (_, end) in enumerate(e.offsets) if end > 1)
-            if text[0] == " " and not text.isspace()
-            else -1
-            for text, e in zip(new, encodings, strict=True)
-        ]
-        self._numbers.update(zip(new, range(len(self._numbers), len(self._numbers) + len(new)), strict=True))
-        self._tokens = np.concatenate([self._tokens, tokens])
-        self._begins = np.concatenate([self._begins, begun + np.cumsum(counts) - counts])
-        self._counts = np.concatenate([self._counts, counts])
-        self._spaced = np.concatenate([self._spaced, np.array(spaced, np.int64)])
-        self._plain = np.concatenate([self._plain, [not text[0].isspace() for text in new]])
-        self._ends_space = np.concatenate([self._ends_space, [text[-1].isspace() for text in new]])
+    def _learn(self, chunks: list[str]) -> None:
+        """Ask the library for chunks that were numbered, which are the last ones."""
+        texts = [chunk[1:] if chunk[0] == MARK else chunk if chunk[0] in SPACES else " " + chunk for chunk in chunks]
+        encodings = self._inner.encode_batch(texts, add_special_tokens=False)
+        counts = np.fromiter(map(len, encodings), np.int64, len(chunks))
+        last = self._numbers.count
+        first, used = last - len(chunks), self._used + int(counts.sum())
+        self._tokens, self._table, self._flags = (
+            _with_room(array, size) for array, size in ((self._tokens, used), (self._table, last), (self._flags, last))
+        )
+        self._tokens[self._used : used] = list(chain.from_iterable(e.ids for e in encodings))
+        words = [_word_token(text, e.offsets) for text, e in zip(texts, encodings, strict=True)]
+        begins = self._used + np.cumsum(counts) - counts
+        self._table[first:last] = np.stack([begins, counts, words], axis=1)
+        is_first = np.array([chunk[0] == MARK for chunk in chunks])
+        self._flags[first:last] = IS_FIRST * is_first + IS_ODD * (np.array(words) < 0)
+        self._used = used
 
 
-def _first_word(text: str, offsets: Sequence[tuple[int, int]]) -> int:
-    """The token of a pre-token in which a word begins after the pre-token's own space; -1 where none does."""
-    if not text.startswith(" ") or text.isspace():
-        return -1
-    return next(at for at, (_, end) in enumerate(offsets) if end > 1)
+def _word_token(text: str, offsets: Sequence[tuple[int, int]]) -> int:
+    """The token in which the word of a chunk begins: the first that ends past its beginning; -1 where none does."""
+    begin = 1 if text.startswith((" ", *SPACES)) else 0
+    return next((at for at, (_, end) in enumerate(offsets) if end > begin), -1) if text else 0
+
+
+def _with_room(array: np.ndarray, size: int) -> np.ndarray:
+    """The array, or a larger copy that `size` items fit in."""
+    if size <= len(array):
+        return array
+    larger = np.zeros((max(size, 2 * len(array)), *array.shape[1:]), array.dtype)
+    larger[: len(array)] = array
+    return larger

@@ -5,17 +5,20 @@ Symbols: B rows of a micro-batch, T positions, S image slots of a row, V width o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from shards.corpus import PAIRS, RowPlan
-from shards.dataset import OpenShard
+from shards.dataset import TABLE, OpenShard
 from shards.record import VECTOR_SIZE
+from shards.regions import join
 from shards.tokenizer import BOS, EOS
 
 IGNORED = -100
+DENSE = 8  # spans a shard
 
 
 @dataclass(frozen=True)
@@ -43,33 +46,47 @@ class Rows:
 
     def split(self, size: int) -> list[Rows]:
         """Micro-batches of `size` rows, which share this one's memory."""
-        parts = []
-        for start in range(0, len(self.rows), size):
-            row = slice(start, start + size)
-            slot = slice(start * self.slots, (start + size) * self.slots)
-            by_row = {name: getattr(self, name)[row] for name in PER_ROW}
-            by_slot = {name: getattr(self, name)[slot] for name in PER_SLOT}
-            parts.append(replace(self, **by_row, **by_slot))
-        return parts
+        return [self._part(start, start + size) for start in range(0, len(self.rows), size)]
+
+    def _part(self, start: int, stop: int) -> Rows:
+        row, slot = slice(start, stop), slice(start * self.slots, stop * self.slots)
+        return Rows(
+            self.tokens[row],
+            self.targets[row],
+            self.segments[row],
+            self.positions[row],
+            self.vision[slot],
+            self.has_vision[slot],
+            self.image_ids[slot],
+            self.words[row],
+            self.rows[row],
+            self.valid[row],
+            self.packed,
+            self.slots,
+            self.modality,
+        )
 
 
-class _Gathered:
-    """The bytes and numbers of the whole spans of a plan, in its order."""
+@dataclass(frozen=True)
+class _Spans:
+    """The whole spans of a plan, shard after shard: each int64 [X], ends bool [X]."""
 
-    __slots__ = ("image_ids", "skipped", "token_bytes", "tokens", "unended", "vectors", "words")
+    order: np.ndarray  # which spans of the plan
+    samples: np.ndarray
+    starts: np.ndarray  # first position
+    lengths: np.ndarray  # positions
+    begins: np.ndarray  # of the tokens that are read, in the shard
+    stops: np.ndarray
+    ends: np.ndarray  # whether the record ends in the span, so that eos is its last target
+    words: np.ndarray
+    image_ids: np.ndarray
+    vectors: np.ndarray  # where the vector begins in the tar
+    groups: list[tuple[OpenShard, slice]]  # the spans of each shard
 
-    def __init__(self) -> None:
-        self.skipped: list[int] = []  # the spans of the plan that are damaged
-        self.unended: list[int] = []  # those that do not end with eos
-        self.tokens: list[bytes | memoryview] = []  # each span's tokens, with no specials
-        self.token_bytes = 2
-        self.words: list[int] = []
-        self.image_ids: list[int] = []
-        self.vectors: list[bytes | memoryview | np.ndarray] = []  # bytes as stored, or decoded
-
-
-PER_ROW = ("tokens", "targets", "segments", "positions", "words", "rows", "valid")
-PER_SLOT = ("vision", "has_vision", "image_ids")
+    @property
+    def dense(self) -> bool:
+        """Whether a shard has so many spans that they are quicker taken together than one by one."""
+        return len(self.order) >= DENSE * len(self.groups)
 
 
 def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.ndarray) -> Rows:
@@ -82,16 +99,12 @@ def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.nd
     most = int(per_row.max())
     row, segment, column = _places(plan, per_row, most)
     slots = max(1, most) if pairs else 1
-    got = _gather(find, plan)
-    begins, lengths, ends = plan.starts == 0, plan.lengths, np.ones(len(row), np.bool_)
-    ends[got.unended] = False
-    if got.skipped:
-        parts = (row, segment, column, begins, lengths, ends)
-        row, segment, column, begins, lengths, ends = (np.delete(part, got.skipped) for part in parts)
+    spans = _look_up(find, plan)
+    row, segment, column = row[spans.order], segment[spans.order], column[spans.order]
     slot = row * slots + segment if slots > 1 else row
     rows = Rows(
-        *_lay_out(got, (size, plan.row_tokens), row * plan.row_tokens + column, lengths, segment + 1, begins, ends),
-        vision=_vision(got, slot, size * slots) if pairs else np.zeros((size, VECTOR_SIZE), np.float16),
+        *_lay_out(spans, (size, plan.row_tokens), row * plan.row_tokens + column, segment + 1),
+        vision=_vision(spans, slot, size * slots) if pairs else np.zeros((size, VECTOR_SIZE), np.float16),
         has_vision=np.zeros(size * slots, np.bool_),
         image_ids=np.zeros(size * slots, np.int64),
         words=np.zeros(size, np.int64),
@@ -103,12 +116,12 @@ def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.nd
     )
     rows.valid[row] = True
     if most > 1:
-        np.add.at(rows.words, row, got.words)
+        np.add.at(rows.words, row, spans.words)
     else:
-        rows.words[row] = got.words
+        rows.words[row] = spans.words
     if pairs:
         rows.has_vision[slot] = True
-        rows.image_ids[slot] = got.image_ids
+        rows.image_ids[slot] = spans.image_ids
     return rows
 
 
@@ -124,91 +137,109 @@ def _places(plan: RowPlan, per_row: np.ndarray, most: int) -> tuple[np.ndarray, 
     return row, segment, begin - begin[plan.row_offsets[row]]
 
 
-def _gather(find: Callable[[int], OpenShard], plan: RowPlan) -> _Gathered:
-    """Look every span up: the one loop over spans, so it does as little as it can."""
-    got = _Gathered()
-    add_tokens, add_words, add_image_id, add_vector = (
-        column.append for column in (got.tokens, got.words, got.image_ids, got.vectors)
-    )
-    pairs = plan.modality == PAIRS
-    met: dict[int, tuple] = {}
-    spans = zip(plan.shards.tolist(), plan.samples.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True)
-    for number, (shard, sample, start, length) in enumerate(spans):
-        if shard not in met:
-            opened = find(shard)
-            met[shard] = (opened, *opened.parts)
-        opened, damaged, offsets, width, tokens, words, image_id, vector_offset, vector_bytes, data = met[shard]
-        if sample in damaged:
-            got.skipped.append(number)
-            continue
-        low, high = offsets[sample], offsets[sample + 1]
-        if start == 0 and length > high - low:
-            add_tokens(tokens[low * width : high * width])
-            add_words(words[sample])
-        else:
-            stop = low + start + length
-            if stop <= high:
-                got.unended.append(number)
-            stop = min(stop, high)
-            add_tokens(tokens[(low + start - (start > 0)) * width : stop * width])
-            add_words(opened.words_of(low + start, stop))
-        if pairs:
-            add_image_id(image_id[sample])
-            place = vector_offset[sample]
-            add_vector(data[place : place + vector_bytes] if vector_bytes else opened.reader.vector(sample))
-        got.token_bytes = width
-    return got
+def _look_up(find: Callable[[int], OpenShard], plan: RowPlan) -> _Spans:
+    """Find the spans in their shards, leaving out those whose sample is damaged."""
+    order = np.argsort(plan.shards, kind="stable")
+    shards, samples = plan.shards[order], plan.samples[order]
+    cuts = [0, *(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(order)]
+    kept, found, groups, count = [order[:0]], [np.zeros((0, len(TABLE)), np.int64)], [], 0
+    for first, stop in itertools.pairwise(cuts) if len(order) else ():
+        opened, here, mine = find(int(shards[first])), order[first:stop], samples[first:stop]
+        if opened.damaged:
+            whole = ~opened.lost[mine]
+            here, mine = here[whole], mine[whole]
+        kept.append(here)
+        found.append(opened.table[mine])
+        groups.append((opened, slice(count, count + len(here))))
+        count += len(here)
+    order = np.concatenate(kept)
+    low, high, words, image_ids, vectors = np.concatenate(found).T
+    starts, lengths = plan.starts[order], plan.lengths[order]
+    stops = low + starts + lengths
+    ends, stops = stops > high, np.minimum(stops, high)
+    begins = low + starts - (starts > 0)  # the first input of a later piece is the last target before it
+    spans = _Spans(order, plan.samples[order], starts, lengths, begins, stops, ends, words, image_ids, vectors, groups)
+    _count_words(spans)
+    return spans
+
+
+def _count_words(spans: _Spans) -> None:
+    """Put in the words of spans that hold only a piece of their record."""
+    cut = (spans.starts > 0) | ~spans.ends
+    for opened, here in spans.groups if cut.any() else ():
+        for at in (np.flatnonzero(cut[here]) + here.start).tolist():
+            begin = int(spans.begins[at]) + int(spans.starts[at] > 0)
+            spans.words[at] = opened.words_of(begin, int(spans.stops[at]))
+
+
+def _tokens(spans: _Spans, counts: np.ndarray) -> np.ndarray:
+    """The tokens that the spans read, `counts` [X] of each, one span after the other: no specials."""
+    parts = [(opened.tokens, here) for opened, here in spans.groups if opened.tokens is not None]
+    if spans.dense and len(parts) == len(spans.groups):
+        upto = np.concatenate([[0], np.cumsum(counts)])
+        at = np.repeat(spans.begins - upto[:-1], counts)
+        at += np.arange(len(at))
+        runs = [tokens[at[upto[here.start] : upto[here.stop]]] for tokens, here in parts]
+        return np.concatenate(runs) if runs else at
+    runs = []
+    for opened, here in spans.groups:
+        width = opened.reader.token_dtype.itemsize
+        begins, stops = (spans.begins[here] * width).tolist(), (spans.stops[here] * width).tolist()
+        read = join([opened.reader.token_bytes] * len(begins), begins, stops)
+        runs.append(np.frombuffer(read, opened.reader.token_dtype))
+    return np.concatenate(runs)
 
 
 def _lay_out(
-    got: _Gathered,
-    shape: tuple[int, int],
-    places: np.ndarray,
-    lengths: np.ndarray,
-    segments: np.ndarray,
-    begins: np.ndarray,
-    ends: np.ndarray,
+    spans: _Spans, shape: tuple[int, int], places: np.ndarray, segments: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, targets, segments, positions) [B, T] with spans of `lengths` positions at flat `places`.
+    """(tokens, targets, segments, positions) [B, T] with the spans at flat `places`.
 
     A span of n positions reads n + 1 tokens, specials included: its inputs are all but the last, its targets all
     but the first.
     """
     size = shape[0] * shape[1]
-    tokens, targets = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
+    inputs, targets = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
     of_row, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    if len(lengths):
-        stops = np.cumsum(lengths + 1)
-        firsts = stops - lengths - 1
-        specials = firsts[begins], stops[ends] - 1
-        read = np.empty(int(stops[-1]), np.int64)
-        ordinary = np.ones(len(read), np.bool_)
-        for special, token in zip(specials, (BOS, EOS), strict=True):
-            read[special] = token
-            ordinary[special] = False
-        read[ordinary] = np.frombuffer(b"".join(got.tokens), f"<u{got.token_bytes}")
-        span = np.repeat(np.arange(len(lengths)), lengths)
-        source = np.arange(len(span)) + span  # each span before reads one token more than it has positions
-        inside = source - firsts[span]
-        to = inside + places[span]
-        tokens[to], targets[to] = read[source], read[source + 1]
-        of_row[to], positions[to] = segments[span], inside
-    return tokens.reshape(shape), targets.reshape(shape), of_row.reshape(shape), positions.reshape(shape)
-
-
-def _vision(got: _Gathered, slot: np.ndarray, size: int) -> np.ndarray:
-    """float16 or float32 [size, V]: the vectors at their slots, in the dtype they are stored in."""
-    raw = [vector for vector in got.vectors if isinstance(vector, bytes | memoryview)]
-    sizes = {len(vector) // VECTOR_SIZE for vector in raw}
-    if len(raw) == len(got.vectors) and len(sizes) == 1:
-        vectors = np.frombuffer(bytearray().join(raw), f"<f{sizes.pop()}").reshape(-1, VECTOR_SIZE)
-        if len(vectors) == size:
-            return vectors
+    lengths, begins, ends = spans.lengths, spans.starts == 0, spans.ends
+    counts = spans.stops - spans.begins
+    read = _tokens(spans, counts)
+    upto = np.cumsum(counts)
+    to = np.repeat(places + begins - (upto - counts), counts)  # where each token is an input; it is the target before
+    to += np.arange(len(to))
+    if begins.all() and ends.all():
+        inputs[to] = targets[to - 1] = read
     else:
-        vectors = np.zeros((len(got.vectors), VECTOR_SIZE), np.float32)
-        for at, vector in enumerate(got.vectors):
-            decoded = isinstance(vector, np.ndarray)
-            vectors[at] = vector if decoded else np.frombuffer(vector, f"<f{len(vector) // VECTOR_SIZE}")
-    out = np.zeros((size, VECTOR_SIZE), vectors.dtype)
-    out[slot] = vectors
+        is_input, is_target = np.ones(len(to), np.bool_), np.ones(len(to), np.bool_)
+        is_input[upto[~ends] - 1] = False
+        is_target[(upto - counts)[~begins]] = False
+        inputs[to[is_input]], targets[to[is_target] - 1] = read[is_input], read[is_target]
+    inputs[places[begins]] = BOS
+    targets[(places + lengths - 1)[ends]] = EOS
+    before = np.cumsum(lengths) - lengths
+    inside = np.arange(int(lengths.sum())) - np.repeat(before, lengths)
+    at = inside + np.repeat(places, lengths)
+    of_row[at], positions[at] = np.repeat(segments, lengths), inside
+    return inputs.reshape(shape), targets.reshape(shape), of_row.reshape(shape), positions.reshape(shape)
+
+
+def _vision(spans: _Spans, slot: np.ndarray, size: int) -> np.ndarray:
+    """float16 or float32 [size, V]: the vectors at their slots, in the dtype they are stored in where all agree."""
+    widths = {opened.vector_bytes for opened, _ in spans.groups}
+    width = widths.pop() if len(widths) == 1 else 0
+    dtype = np.dtype(f"<f{width // VECTOR_SIZE}" if width else "<f4")
+    out = (np.empty if len(slot) == size else np.zeros)((size, VECTOR_SIZE), dtype)
+    mapped = [(opened.blocks, here) for opened, here in spans.groups if opened.blocks is not None]
+    if width and spans.dense and len(mapped) == len(spans.groups):
+        to = out.view(f"V{width}")[:, 0]
+        for blocks, here in mapped:
+            to[slot[here]] = blocks[spans.vectors[here]]
+    elif width:
+        regions = [opened.reader.data for opened, here in spans.groups for _ in range(here.start, here.stop)]
+        read = join(regions, spans.vectors.tolist(), (spans.vectors + width).tolist())
+        out[slot] = np.frombuffer(read, dtype).reshape(-1, VECTOR_SIZE)
+    else:
+        for opened, here in spans.groups:
+            for place, sample in zip(slot[here].tolist(), spans.samples[here].tolist(), strict=True):
+                out[place] = opened.reader.vector(sample)
     return out

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from shards.memo import Memo, can_encode, fits
+from shards.memo import Memo, fits
 from shards.record import DataError
 
 PAD, BOS, EOS = 0, 1, 2
@@ -129,30 +129,22 @@ class TextTokenizer:
         A word that starts at character p belongs to the first token whose end offset is > p, so the
         word_starts of a text sum to len(text.split()). Raises DataError when a token begins 256 words.
         """
-        known = [at for at, text in enumerate(texts) if self._memo is not None and can_encode(text)]
-        if self._memo is None or not known:
+        if self._memo is None or not texts:
             return self._by_library(texts)
-        if len(known) == len(texts):
-            tokens, counts, word_starts = self._memo.encode(texts)
-            return Encoded(tokens, np.concatenate([[0], np.cumsum(counts)]), word_starts)
-        return self._mixed(texts, known, self._memo)
-
-    def _mixed(self, texts: Sequence[str], known: list[int], memo: Memo) -> Encoded:
-        """Some texts by memory, the others by the library, put together in their order."""
-        others = sorted(set(range(len(texts))).difference(known))
-        tokens, counts, starts = memo.encode([texts[at] for at in known])
-        library = self._by_library([texts[at] for at in others])
-        places = np.array(known + others)
-        sizes = np.concatenate([counts, np.diff(library.offsets)])
-        bases = np.cumsum(sizes) - sizes
-        offsets = np.zeros(len(texts) + 1, np.int64)
-        offsets[places + 1] = sizes
-        offsets = np.cumsum(offsets)
-        target = np.repeat(offsets[places] - bases, sizes) + np.arange(int(offsets[-1]))
-        out = np.empty(len(target), np.int64), np.empty(len(target), np.uint8)
-        out[0][target] = np.concatenate([tokens, library.tokens])
-        out[1][target] = np.concatenate([starts, library.word_starts])
-        return Encoded(out[0], offsets, out[1])
+        tokens, offsets, word_starts, odd = self._memo.encode(texts)
+        if not len(odd):
+            return Encoded(tokens, offsets, word_starts)
+        left_out: list[int] = odd.tolist()
+        others = self._by_library([texts[at] for at in left_out])
+        counts = np.diff(others.offsets)
+        places = np.repeat(offsets[odd], counts)
+        more = np.zeros(len(offsets), np.int64)
+        more[odd + 1] = counts
+        return Encoded(
+            np.insert(tokens, places, others.tokens),
+            offsets + np.cumsum(more),
+            np.insert(word_starts, places, others.word_starts),
+        )
 
     def _by_library(self, texts: Sequence[str]) -> Encoded:
         encodings = self.inner.encode_batch(list(texts), add_special_tokens=False)

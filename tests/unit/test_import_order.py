@@ -21,6 +21,8 @@ MAX_FUNCTION_LINES = 80
 # other. A package stands for those of its files that have no line of their own.
 ORDER = """
 shards.record
+shards.npy
+shards.regions
 shards.captions
 shards.memo
 shards.tokenizer

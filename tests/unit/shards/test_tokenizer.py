@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from itertools import pairwise
+import zipfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shards import memo
 from shards.memo import fits
+from shards.raw import open_raw
 from shards.record import DataError
 from shards.tokenizer import TextTokenizer, default_vocab_size, train_tokenizer
+from tests.support.data import REAL
 from tests.unit.shards.making import captions_of
+from tools.make_demo_data import make
 
 
 @pytest.fixture(scope="module")
@@ -76,41 +81,58 @@ def test_bad_tokenizers(tmp_path: Path) -> None:
         TextTokenizer(tmp_path / "other.json")
 
 
-PIECES = st.sampled_from(
-    [
-        "the",
-        " cat",
-        "'s",
-        "'ll",
-        "'",
-        "  ",
-        " ",
-        "\n",
-        "\t",
-        "\r\n",
-        "7",
-        "42nd",
-        "!?",
-        "<eos>",
-        "é",
-        "日本",
-        "\x1c",
-        "\u2003",
-    ]
-)
+def check_against_the_library(tokenizer: TextTokenizer, texts: list[str]) -> None:
+    encoded, plain = tokenizer.encode_batch(texts), tokenizer._by_library(texts)
+    assert encoded.offsets.tolist() == plain.offsets.tolist()
+    assert encoded.tokens.tolist() == plain.tokens.tolist()
+    assert encoded.word_starts.tolist() == plain.word_starts.tolist()
+    assert (encoded.tokens.dtype, encoded.word_starts.dtype) == (plain.tokens.dtype, plain.word_starts.dtype)
+
+
+WORDS = ["the", "'s", "'ll", "'", "42nd", "!?", "<eos>", "é", "日本", "e\u0301", "🙂", "\u017f", "x" * 70, "\0", ""]
+SPACES = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\v", "\x1c", "\x85", "\xa0", "\u180e", "\u200b", "\u2003", "\u2028"]
+PIECES = st.one_of(st.sampled_from(WORDS), st.sampled_from(SPACES), st.just(" "))
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(st.one_of(st.lists(PIECES, max_size=12).map("".join), st.text(max_size=30)), min_size=1, max_size=8))
+@given(st.lists(st.one_of(st.lists(PIECES, max_size=12).map("".join), st.text(max_size=30)), max_size=8))
 def test_what_is_looked_up_equals_the_library(tokenizer: TextTokenizer, texts: list[str]) -> None:
-    texts = [text.encode("utf-8", "ignore").decode() for text in texts]
-    encoded = tokenizer.encode_batch(texts)
-    library = [e.ids for e in tokenizer.inner.encode_batch(texts, add_special_tokens=False)]
-    found = [encoded.tokens[a:b].tolist() for a, b in pairwise(encoded.offsets.tolist())]
-    assert found == library
-    plain = tokenizer._by_library(texts)
-    assert encoded.word_starts.tolist() == plain.word_starts.tolist()
-    assert encoded.offsets.tolist() == plain.offsets.tolist()
+    check_against_the_library(tokenizer, [text.encode("utf-8", "ignore").decode() for text in texts])
+
+
+def test_any_space_between_any_words_is_looked_up_as_the_library_splits_it(tokenizer: TextTokenizer) -> None:
+    parts = itertools.product(WORDS, ["", *SPACES], ["", *SPACES], WORDS)
+    check_against_the_library(tokenizer, ["".join(part) for part in parts])
+
+
+def test_every_kind_of_character_is_looked_up_as_the_library_splits_it(tokenizer: TextTokenizer) -> None:
+    """Beside letters, digits, signs and blanks, in the first 12,544 characters and a sample of the others."""
+    points = [*range(0x3100), *range(0x3100, 0x110000, 97)]
+    characters = [chr(point) for point in points if not 0xD800 <= point < 0xE000]
+    check_against_the_library(tokenizer, [f"{c}a {c} b{c} 7{c}! 's{c}" for c in characters])
+
+
+def test_real_texts_are_looked_up_as_the_library_splits_them(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    """Generated ones where ../shared/data is absent."""
+    raw = REAL if REAL.is_dir() else tmp_path / "raw"
+    if raw != REAL:
+        make(raw, seed=0, images=300, words=20_000)
+    captions = [str(caption) for pairs in open_raw(raw).pairs for caption in pairs.records()]
+    check_against_the_library(tokenizer, captions)
+    with zipfile.ZipFile(raw / "train_50M.zip") as archive:
+        for name in archive.namelist():
+            if name.endswith("/"):
+                continue
+            lines = archive.read(name).decode("utf-8")[:300_000].split("\n")
+            check_against_the_library(tokenizer, ["\n".join(lines[at : at + 20]) for at in range(0, len(lines), 20)])
+
+
+def test_a_full_memory_is_emptied(tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memo, "LIMIT", 20)
+    for number in range(20):
+        check_against_the_library(tokenizer, [f"w{number} x{number}", "the cat", f"y{number}\tz  z"])
+    assert tokenizer._memo is not None
+    assert len(tokenizer._memo._numbers) < 30
 
 
 def test_only_a_plain_byte_level_bpe_is_looked_up() -> None:
