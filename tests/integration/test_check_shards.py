@@ -23,13 +23,13 @@ def test_whole_shards_pass(tiny_shards: Path) -> None:
 
 def test_each_damaged_sample_is_named(tiny_shards: Path, tmp_path: Path) -> None:
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
-    tar = next(shards.glob("cc_3M-train-*.tar"))
+    tar = next(shards.glob("pairs-train-*.tar"))
     reader = ShardReader(tar)
     content = bytearray(tar.read_bytes())
     for sample, column in ((2, "vector_offset"), (5, "text_offset")):
         content[int(reader.columns[column][sample])] ^= 1
     tar.write_bytes(content)
-    next(shards.glob("local_narr-train-*.index.npz")).unlink()
+    next(shards.glob("text-train-*.index.npz")).unlink()
     (shards / "lengths.npy").write_bytes(b"")
     done = run_tool("check_shards.py", shards)
     assert done.returncode == 1
