@@ -36,7 +36,7 @@ class Corpus:
     """The counts of a split. Memory grows with the shards, not with their samples.
 
     sources: (name, modality) each. Entry e tells of the samples of source[e] in shard[e]: samples, words and
-    tokens, int64 [E]. counts int64 [M, 3]: (entry, tokens of a sample, samples of that many). `open` reads a shard.
+    tokens, int64 [E]. counts int32 [M, 3]: (entry, tokens of a sample, samples of that many). `open` reads a shard.
     """
 
     sources: tuple[tuple[str, str], ...]

@@ -245,12 +245,11 @@ class ShardSet:
             for name, part in sorted(entry["sources"].items())
         ]
         columns = np.array(entries, dtype=np.int64).reshape(-1, 5)
-        code = columns[:, 0] * len(sources) + columns[:, 1]
-        counts = self.length_counts.astype(np.int64)
-        wanted = counts[:, 0] * len(sources) + counts[:, 1]
-        counts = counts[np.isin(wanted, code)]
-        entry = np.searchsorted(code, counts[:, 0] * len(sources) + counts[:, 1])
-        counts = np.stack([entry, counts[:, 2], counts[:, 3]], axis=1)
+        code = np.full((len(self.manifest["shards"]), len(sources)), -1, np.int32)
+        code[columns[:, 0], columns[:, 1]] = np.arange(len(columns))
+        entry = code[self.length_counts[:, 0], self.length_counts[:, 1]]
+        here = entry >= 0
+        counts = np.stack([entry[here], self.length_counts[here, 2], self.length_counts[here, 3]], axis=1)
         shard, source, samples, words, tokens = columns.T
         return Corpus(
             sources, shard, source, samples, words, tokens, counts, lambda shard: self._lengths(shard, number)
@@ -293,8 +292,10 @@ def _length_counts(data: bytes, manifest: dict[str, Any], location: str) -> np.n
     except UNREADABLE as error:
         raise DataError(f"{name} is damaged ({error}): make the shards again") from None
     shards = manifest["shards"]
-    if counts.ndim != 2 or counts.shape[1] != 4 or counts.dtype.kind != "i" or (counts < 0).any():
+    if counts.ndim != 2 or counts.shape[1] != 4 or counts.dtype != np.int32 or (counts < 0).any():
         raise DataError(f"{name} is not a table of lengths: make the shards again")
+    if counts[:, 1].max(initial=0) >= len(manifest["sources"]):
+        raise DataError(f"{name} counts a source that the manifest lacks: make the shards again")
     held = np.bincount(counts[:, 0], counts[:, 3], minlength=len(shards)).astype(np.int64)
     if held.tolist() != [entry["samples"] for entry in shards]:
         raise DataError(f"{name} does not count the samples that the manifest counts: make the shards again")

@@ -132,9 +132,10 @@ class Stream(ABC):
 
     def _cumulative(self, order: np.ndarray, per_shard: np.ndarray) -> np.ndarray:
         """int64 [W + 1, ...]: sums of `per_shard` over the windows before each, of shards in `order`."""
-        before = np.concatenate([np.zeros((1, *per_shard.shape[1:]), np.int64), np.cumsum(per_shard[order], axis=0)])
-        at = np.minimum(np.arange(self._windows + 1) * self._shape.window_shards, len(order))
-        return before[at]
+        size, sums = self._shape.window_shards, np.zeros((self._windows + 1, *per_shard.shape[1:]), np.int64)
+        for window in range(-(-len(order) // size)):
+            sums[window + 1] = per_shard[order[window * size : (window + 1) * size]].sum(axis=0)
+        return np.cumsum(sums, axis=0, out=sums)
 
     def _samples(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         """(sample numbers, their positions) of the stream's samples in a shard, int64."""
