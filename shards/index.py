@@ -23,7 +23,7 @@ import os
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +50,7 @@ PER_SAMPLE = {
     "crc32": "<u4",
     "image_id": "<i8",
 }
+TOGETHER, TOGETHER_BYTES = 256, 4 << 20  # samples that are verified by one read, where they lie so close
 COLUMNS = (*PER_SAMPLE, "token_offsets")  # what an open shard holds in memory
 # what numpy and zipfile raise on files that are damaged, or are none of theirs
 UNREADABLE = (
@@ -287,18 +288,34 @@ class ShardReader:
     def damaged(self) -> np.ndarray:
         """int64: the samples whose bytes in the tar no longer give their crc32."""
         columns = self.columns
-        names = ("text_offset", "text_size", "vector_offset", "vector_size", "crc32")
-        bad = []
+        ends = [columns[f"{what}_offset"] + columns[f"{what}_size"] for what in ("text", "vector")]
+        first = np.where(columns["vector_size"] > 0, columns["vector_offset"], columns["text_offset"])
+        first, last = np.minimum(first, columns["text_offset"]), np.maximum(*ends)
+        bad: list[int] = []
         with self.tar.open("rb", buffering=0) as stream:  # not through the map, whose pages would stay resident
             file = stream.fileno()
-            for sample, row in enumerate(zip(*(columns[name].tolist() for name in names), strict=True)):
-                text, text_size, vector, vector_size, expected = row
-                crc = zlib.crc32(os.pread(file, text_size, text))
-                if vector_size:
-                    crc = zlib.crc32(os.pread(file, vector_size, vector), crc)
-                if crc != expected:
-                    bad.append(sample)
+            for begin in range(0, len(self), TOGETHER):
+                here = slice(begin, begin + TOGETHER)
+                start, stop = int(first[here].min()), int(last[here].max())
+                if stop - start <= TOGETHER_BYTES:
+                    data = memoryview(os.pread(file, stop - start, start))  # of a tar that was cut, what is left
+                    bad += self._damaged_among(here, lambda at, size, d=data, s=start: d[at - s : at - s + size])
+                else:
+                    bad += self._damaged_among(here, lambda at, size: os.pread(file, size, at))
         return np.array(bad, dtype=np.int64)
+
+    def _damaged_among(self, here: slice, read: Callable[[int, int], bytes | memoryview]) -> list[int]:
+        """The damaged ones of some samples; `read(first byte, bytes)` reads the tar."""
+        names = ("text_offset", "text_size", "vector_offset", "vector_size", "crc32")
+        bad = []
+        rows = zip(*(self.columns[name][here].tolist() for name in names), strict=True)
+        for sample, (text, text_size, vector, vector_size, expected) in enumerate(rows, here.start):
+            crc = zlib.crc32(read(text, text_size))
+            if vector_size:
+                crc = zlib.crc32(read(vector, vector_size), crc)
+            if crc != expected:
+                bad.append(sample)
+        return bad
 
 
 def _places(index: Path, wanted: dict[str, tuple[object, int]]) -> list[int]:

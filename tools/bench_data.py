@@ -21,6 +21,7 @@ from tools.data_bench.conversion import conversion_rows
 from tools.data_bench.loaders import loader_rows
 from tools.data_bench.order import packing_rows, padding_rows, plan_rows, seek_rows
 from tools.data_bench.records import Bench, Row
+from tools.data_bench.stall import stall_rows
 from tools.machine import describe_machine
 
 GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -30,6 +31,7 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "packing": packing_rows,
     "seek": seek_rows,
     "plan": plan_rows,
+    "stall": stall_rows,
 }
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from shards import index as index_module
 from shards.foreign import build_index
 from shards.index import ShardReader, check_header, index_path
 from shards.record import VECTOR_SIZE, DataError, image_id
@@ -75,6 +77,32 @@ def test_truncated_and_damaged_tars_are_refused(small_dir: Path, tmp_path: Path)
                 check_header(tar)
     with pytest.raises(DataError, match="No such file"):
         build_index(tmp_path / "none.tar", tokenizer)
+
+
+@pytest.mark.parametrize("together", [(256, 4 << 20), (3, 4 << 20), (3, 5000)])
+def test_damage_is_found_however_many_samples_are_read_together(
+    small_dir: Path, tmp_path: Path, together: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flipped bits at random places, and bytes that are gone while the shard is open."""
+    monkeypatch.setattr(index_module, "TOGETHER", together[0])
+    monkeypatch.setattr(index_module, "TOGETHER_BYTES", together[1])
+    tar, _ = first_tar(small_dir, "pairs-train*.tar", tmp_path)
+    whole, reader, rng = tar.read_bytes(), ShardReader(tar), np.random.default_rng(0)
+    for _ in range(20):
+        data = bytearray(whole)
+        for at in rng.integers(len(data), size=5).tolist():
+            data[at] ^= 1 << int(rng.integers(8))
+        tar.write_bytes(data[: int(rng.integers(len(data)))] if rng.random() < 0.3 else data)
+        read = tar.read_bytes()
+        wanted = []
+        for sample in range(len(reader)):
+            crc = 0
+            for what in ("text", "vector"):
+                start, size = (int(reader.columns[f"{what}_{name}"][sample]) for name in ("offset", "size"))
+                crc = zlib.crc32(read[start : start + size], crc)
+            if crc != reader.columns["crc32"][sample]:
+                wanted.append(sample)
+        assert reader.damaged().tolist() == wanted
 
 
 def test_damage_is_found_sample_by_sample_and_in_the_index(small_dir: Path, tmp_path: Path) -> None:
