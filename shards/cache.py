@@ -50,7 +50,8 @@ class Cache:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder's lock."""
+        """Hold the lock of the folder, which is made where it is not there (somebody may empty it by hand)."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / LOCK).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -92,10 +93,20 @@ class Cache:
             raise
         return descriptor
 
-    def finish(self, descriptor: int, path: Path) -> None:
-        """Give a filled part its name; the descriptor pins it from here on. Under the folder's lock."""
-        os.rename(self.part(path), path)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    def finish(self, descriptor: int, path: Path) -> bool:
+        """Give a filled part its name; the descriptor pins it from here on. Under the folder's lock.
+
+        False where the part was removed by hand, and another's may lie in its place.
+        """
+        part = self.part(path)
+        try:
+            ours = os.path.samestat(part.stat(), os.fstat(descriptor))
+        except FileNotFoundError:
+            ours = False
+        if ours:
+            os.rename(part, path)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return ours
 
     def evict(self, wanted: int, keep: Path | None = None) -> int:
         """Remove unused files, least recently used first, until `wanted` bytes are free: the bytes freed.

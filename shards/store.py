@@ -165,7 +165,6 @@ class RemoteStore:
                 pin.count += 1
                 return pin.path
         try:
-            self._cache.directory.mkdir(parents=True, exist_ok=True)
             descriptor = self._obtain(url, path, size, sha256)
         except OSError as error:
             raise StoreError(
@@ -219,12 +218,17 @@ class RemoteStore:
                     return descriptor
                 self._discard(descriptor, path)  # damaged on this disk: whoever comes next downloads it
             elif ours is not None:
-                return self._fill(ours, url, path, size, sha256)
+                if self._fill(ours, url, path, size, sha256):
+                    return ours
+                os.close(ours)  # somebody emptied the cache by hand meanwhile
             elif self._stop.wait(POLL_S):  # another process or thread downloads it
                 raise StoreError(f"{url}: stopped while another process downloaded it")
 
-    def _fill(self, descriptor: int, url: str, path: Path, size: int, sha256: str) -> int:
-        """Download into the part that the descriptor holds; it then pins the finished file."""
+    def _fill(self, descriptor: int, url: str, path: Path, size: int, sha256: str) -> bool:
+        """Download into the part that the descriptor holds; it then pins the finished file.
+
+        False where the part is no longer in the cache.
+        """
         try:
             for last in (False, True):
                 self._download(descriptor, url, path, size)
@@ -237,12 +241,13 @@ class RemoteStore:
                         f"{url}: its sha256 is {found}, the manifest says {sha256}: the set at the server is damaged"
                     )
             with self._cache.locked():
-                self._cache.finish(descriptor, path)
+                finished = self._cache.finish(descriptor, path)
         except BaseException:
             os.close(descriptor)
             raise
-        self._verified.add(path)
-        return descriptor
+        if finished:
+            self._verified.add(path)
+        return finished
 
     def _download(self, descriptor: int, url: str, path: Path, size: int) -> None:
         with open(descriptor, "r+b", buffering=0, closefd=False) as file:

@@ -13,7 +13,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A tmpfs of `size` (such as "3m") at `folder`. Only root may mount: elsewhere the test is skipped, in CI it fails."""
+    """A tmpfs of `size` (such as "3m") at `folder`. Without root the test is skipped; in CI it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
