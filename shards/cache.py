@@ -24,12 +24,17 @@ PART = ".part"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
+class NoRoom(StoreError):
+    """The limit, or the disk, leaves no room as long as other files are in use."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A file of the folder; a part counts as the whole it becomes."""
 
     path: Path
     size: int
+    missing: int  # bytes that a part still lacks
     used_ns: int
 
 
@@ -76,7 +81,8 @@ class Cache:
     def start(self, path: Path, size: int) -> int | None:
         """A descriptor of the file's part, ours alone to fill; None while another fills it.
 
-        Makes room first; raises StoreError where the limit leaves none. Under the folder's lock.
+        Makes room first; raises NoRoom where the limit, and OSError where the disk, leaves none, before anything is
+        downloaded. Under the folder's lock.
         """
         part = self.part(path)
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -122,17 +128,22 @@ class Cache:
         return freed
 
     def _make_room(self, part: Path, name: str, size: int) -> None:
-        if self.limit_bytes is None:
-            return
-        taken = sum(entry.size for entry in self._entries() if entry.path != part)
-        excess = taken + size - self.limit_bytes
-        if excess > 0:
+        others = [entry for entry in self._entries() if entry.path != part]
+        if self.limit_bytes is not None:
+            taken = sum(entry.size for entry in others)
+            excess = taken + size - self.limit_bytes
             freed = self.evict(excess, part)
             if freed < excess:
-                raise StoreError(
-                    f"cache {self.directory}: its limit of {self.limit_bytes} bytes is too small: {taken - freed} are "
-                    f"in use and {size} are wanted for {name}; a limit of {taken - freed + size} bytes would do"
+                raise NoRoom(
+                    f"cache {self.directory}: its limit of {self.limit_bytes} bytes (data.cache_gib) is too small: "
+                    f"{taken - freed} are in use and {size} are wanted for {name}; a limit of {taken - freed + size} "
+                    "bytes would do"
                 )
+        disk = os.statvfs(self.directory)
+        wanted = size - part.stat().st_size + sum(entry.missing for entry in others)
+        excess = wanted - disk.f_bavail * disk.f_frsize
+        if self.evict(excess, part) < excess:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _entries(self) -> Iterator[Entry]:
         with os.scandir(self.directory) as found:
@@ -141,7 +152,8 @@ class Cache:
                 if match is None:
                     continue
                 with contextlib.suppress(FileNotFoundError):  # somebody empties the folder by hand
-                    yield Entry(Path(item.path), int(match[1]), item.stat().st_mtime_ns)
+                    status, size = item.stat(), int(match[1])
+                    yield Entry(Path(item.path), size, max(0, size - status.st_size), status.st_mtime_ns)
 
 
 def _remove_unused(path: Path) -> bool:

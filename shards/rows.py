@@ -5,14 +5,15 @@ Symbols: B rows of a micro-batch, T positions, S image slots of a row, V width o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
 from shards.corpus import PAIRS, RowPlan
 from shards.dataset import OpenShard
 from shards.record import VECTOR_SIZE
+from shards.store import NoRoom
 from shards.tokenizer import BOS, EOS
 
 IGNORED = -100
@@ -53,6 +54,12 @@ class Rows:
         return parts
 
 
+class Find(Protocol):
+    """Opens shards, as Readers.get does."""
+
+    def __call__(self, shard: int, *, waits: bool = True) -> OpenShard: ...
+
+
 class _Gathered:
     """The bytes and numbers of the whole spans of a plan, in its order."""
 
@@ -67,12 +74,17 @@ class _Gathered:
         self.image_ids: list[int] = []
         self.vectors: list[bytes | memoryview | np.ndarray] = []  # bytes as stored, or decoded
 
+    def own(self) -> None:
+        """Copy what was gathered, so that the shards need not stay open for it."""
+        self.tokens[:] = [bytes(part) for part in self.tokens]
+        self.vectors[:] = [part if isinstance(part, np.ndarray) else bytes(part) for part in self.vectors]
+
 
 PER_ROW = ("tokens", "targets", "segments", "positions", "words", "rows", "valid")
 PER_SLOT = ("vision", "has_vision", "image_ids")
 
 
-def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.ndarray) -> Rows:
+def build_rows(find: Find, plan: RowPlan, positions: np.ndarray) -> Rows:
     """The rows of a plan as arrays; `positions` int64 [B] are their global positions.
 
     A damaged sample is masked: targets -100, no vision, no words. Raises DataError where a shard cannot be read.
@@ -124,7 +136,7 @@ def _places(plan: RowPlan, per_row: np.ndarray, most: int) -> tuple[np.ndarray, 
     return row, segment, begin - begin[plan.row_offsets[row]]
 
 
-def _gather(find: Callable[[int], OpenShard], plan: RowPlan) -> _Gathered:
+def _gather(find: Find, plan: RowPlan) -> _Gathered:
     """Look every span up: the one loop over spans, so it does as little as it can."""
     got = _Gathered()
     add_tokens, add_words, add_image_id, add_vector = (
@@ -132,12 +144,14 @@ def _gather(find: Callable[[int], OpenShard], plan: RowPlan) -> _Gathered:
     )
     pairs = plan.modality == PAIRS
     met: dict[int, tuple] = {}
+    held: dict[int, Any] = {}  # the open shards themselves
     spans = zip(plan.shards.tolist(), plan.samples.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True)
     for number, (shard, sample, start, length) in enumerate(spans):
         if shard not in met:
-            opened = find(shard)
-            met[shard] = (opened, *opened.parts)
-        opened, damaged, offsets, width, tokens, words, image_id, vector_offset, vector_bytes, data = met[shard]
+            if not _hold(find, shard, held, got):
+                met.clear()
+            met[shard] = held[shard].parts
+        damaged, offsets, width, tokens, words, image_id, vector_offset, vector_bytes, data = met[shard]
         if sample in damaged:
             got.skipped.append(number)
             continue
@@ -151,13 +165,25 @@ def _gather(find: Callable[[int], OpenShard], plan: RowPlan) -> _Gathered:
                 got.unended.append(number)
             stop = min(stop, high)
             add_tokens(tokens[(low + start - (start > 0)) * width : stop * width])
-            add_words(opened.words_of(low + start, stop))
+            add_words(held[shard].words_of(low + start, stop))
         if pairs:
             add_image_id(image_id[sample])
             place = vector_offset[sample]
-            add_vector(data[place : place + vector_bytes] if vector_bytes else opened.reader.vector(sample))
+            add_vector(data[place : place + vector_bytes] if vector_bytes else held[shard].reader.vector(sample))
         got.token_bytes = width
     return got
+
+
+def _hold(find: Find, shard: int, held: dict[int, OpenShard], got: _Gathered) -> bool:
+    """Open another shard; False where the cache cannot hold it beside those held so far, which are let go then."""
+    try:
+        held[shard] = find(shard, waits=False)
+        return True
+    except NoRoom:
+        got.own()
+        held.clear()
+    held[shard] = find(shard)
+    return False
 
 
 def _lay_out(

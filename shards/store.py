@@ -15,10 +15,10 @@ from typing import Protocol
 from urllib.parse import quote, unquote, urlsplit
 
 from shards import transfer
-from shards.cache import NO_ROOM, Cache
+from shards.cache import NO_ROOM, Cache, NoRoom
 from shards.transfer import PACKAGES, Retry, StoreError
 
-__all__ = ["CacheOptions", "LocalStore", "RemoteStore", "Store", "StoreError", "is_remote", "open_store"]
+__all__ = ["CacheOptions", "LocalStore", "NoRoom", "RemoteStore", "Store", "StoreError", "is_remote", "open_store"]
 
 SCHEME = re.compile(r"(pipe|file):|([a-z][a-z0-9+.-]*):(?:[^/]*:)?//", re.IGNORECASE)  # also fsspec's "a::b://"
 POLL_S = 0.05  # how often a process looks whether the one that downloads has finished
@@ -33,6 +33,7 @@ class CacheOptions:
     attempts: int = 6
     back_off_s: float = 1.0  # before the second attempt; doubles, up to half a minute
     timeout_s: float = 60.0  # for a server's next bytes
+    room_wait_s: float = 300.0  # until other processes let go of what fills the folder
 
     def folder(self) -> Path:
         """The folder, `bitmar` in the user's cache folder by default."""
@@ -51,7 +52,10 @@ class Store(Protocol):
         ...
 
     def fetch(self, name: str, size: int, sha256: str) -> Path:
-        """A file of this machine of `size` bytes, in use until it is released as often. Raises StoreError."""
+        """A file of this machine of `size` bytes, in use until it is released as often.
+
+        Raises StoreError, and NoRoom where it could be had if less were in use.
+        """
         ...
 
     def release(self, name: str) -> None:
@@ -155,7 +159,7 @@ class RemoteStore:
     def fetch(self, name: str, size: int, sha256: str) -> Path:
         """The file in the cache, of that size and checksum; downloaded where it is not there yet.
 
-        Raises StoreError naming the URL, or the cache where it cannot hold the file.
+        Raises StoreError naming the URL, or the cache where it cannot hold the file; NoRoom while too much is in use.
         """
         url = self._url(name)
         path = self._cache.path(name, size, sha256)
@@ -167,7 +171,8 @@ class RemoteStore:
         try:
             descriptor = self._obtain(url, path, size, sha256)
         except OSError as error:
-            raise StoreError(
+            kind = NoRoom if error.errno in NO_ROOM else StoreError
+            raise kind(
                 f"cache {self._cache.directory}: {error.strerror or error} (for {url}): make room there, or give "
                 "data.cache_directory a folder on a local disk"
             ) from None
