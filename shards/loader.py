@@ -29,6 +29,7 @@ __all__ = ["CacheOptions", "Loader", "LoaderState", "PhaseSpec", "Rows", "Shape"
 PHASE_SHIFT = 40
 DOWNLOADS = 4  # at a time; verifying holds the interpreter, so one thread does where nothing is downloaded
 CANDIDATES = 4  # validation samples are chosen among so many times their number
+GOOD_WINDOWS = 3  # in the cache: the one that is read, the one before, in which rows waited, and the one after
 HELD_WINDOWS = 4  # the one that is read, the one after, and those that rows waited in
 
 
@@ -122,7 +123,7 @@ def check_cache(shards: ShardSet, order: Order, partitions: int) -> None:
         raise ValueError(
             f"data.cache_gib {_gib(shards.cache_bytes)} is too small: the windows of data.window_shards "
             f"{order.shape.window_shards} shards that are read at a time take {_gib(needed)}: give "
-            f"{_gib(2 * needed)}, so that the next are downloaded meanwhile, or lower data.window_shards"
+            f"{_gib(GOOD_WINDOWS * needed)}, or lower data.window_shards"
         )
 
 
