@@ -127,6 +127,10 @@ class Cache:
                 freed += entry.size
         return freed
 
+    def holds_files(self) -> bool:
+        """Whether files lie here, whole or in part."""
+        return next(self._entries(), None) is not None
+
     def _make_room(self, part: Path, name: str, size: int) -> None:
         others = [entry for entry in self._entries() if entry.path != part]
         if self.limit_bytes is not None:
@@ -134,7 +138,8 @@ class Cache:
             excess = taken + size - self.limit_bytes
             freed = self.evict(excess, part)
             if freed < excess:
-                raise NoRoom(
+                kind = NoRoom if freed < taken else StoreError
+                raise kind(
                     f"cache {self.directory}: its limit of {self.limit_bytes} bytes (data.cache_gib) is too small: "
                     f"{taken - freed} are in use and {size} are wanted for {name}; a limit of {taken - freed + size} "
                     "bytes would do"

@@ -118,7 +118,7 @@ def check_cache(shards: ShardSet, order: Order, partitions: int) -> None:
     """
     if shards.cache_bytes is None:
         return
-    needed = order.window_bytes(shards.shard_bytes, partitions)
+    needed = max(order.window_bytes(shards.shard_bytes, partitions), int(shards.shard_bytes.max()))
     if needed > shards.cache_bytes:
         raise ValueError(
             f"data.cache_gib {_gib(shards.cache_bytes)} is too small: the windows of data.window_shards "
@@ -306,9 +306,13 @@ class ValidationSet:
             if partner is not None:
                 for row in np.flatnonzero(rows.valid).tolist():
                     other = int(partner[record[row]])
-                    opened = self._readers.get(int(self._chosen.shard[other]))
-                    rows.vision[row] = opened.reader.vector(int(self._chosen.sample[other]))
+                    rows.vision[row] = self._vector(other)
             yield rows
+
+    def _vector(self, chosen: int) -> np.ndarray | None:
+        """The vector of a chosen sample."""
+        opened = self._readers.get(int(self._chosen.shard[chosen]))
+        return opened.reader.vector(int(self._chosen.sample[chosen]))
 
     def _permutation(self) -> np.ndarray:
         """int64: for each chosen sample the one whose vector it gets: by image id, rotated by the largest group."""
@@ -350,15 +354,20 @@ def _candidates(shards: ShardSet, modality: str, enough: int) -> _Samples:
     for at in np.argsort(_mixed(np.array(fits, np.uint64)), kind="stable").tolist():
         if held >= enough:
             break
-        opened = shards.readers.get(fits[at])
-        columns = opened.reader.columns
-        whole = np.setdiff1d(np.arange(len(opened.reader)), sorted(opened.damaged)).astype(np.int64)
-        positions = np.diff(columns["token_offsets"])[whole] + 1
-        part = np.full(len(whole), fits[at]), whole, positions, columns["crc32"][whole], columns["image_id"][whole]
+        part = _whole_samples(shards.readers, fits[at])
         parts.append(part)
-        held += len(whole)
+        held += len(part[0])
     shards.readers.check_damage()
     return _Samples(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _whole_samples(readers: Readers, shard: int) -> tuple[np.ndarray, ...]:
+    """(shard, sample, positions, crc32, image id) of the samples of a shard that are not damaged, each [n]."""
+    opened = readers.get(shard)
+    columns = opened.reader.columns
+    whole = np.setdiff1d(np.arange(len(opened.reader)), sorted(opened.damaged)).astype(np.int64)
+    positions = np.diff(columns["token_offsets"])[whole] + 1
+    return np.full(len(whole), shard), whole, positions, columns["crc32"][whole], columns["image_id"][whole]
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

@@ -171,7 +171,8 @@ class RemoteStore:
         try:
             descriptor = self._obtain(url, path, size, sha256)
         except OSError as error:
-            kind = NoRoom if error.errno in NO_ROOM else StoreError
+            in_use = error.errno in NO_ROOM and self._cache.holds_files()  # what was not has been evicted
+            kind = NoRoom if in_use else StoreError
             raise kind(
                 f"cache {self._cache.directory}: {error.strerror or error} (for {url}): make room there, or give "
                 "data.cache_directory a folder on a local disk"

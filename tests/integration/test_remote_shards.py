@@ -61,11 +61,12 @@ def same(one: list[Step], other: list[Step]) -> bool:
 def least(shards: Path, window_shards: int) -> int:
     """The bytes of the windows that are read at a time."""
     loader = load(ShardSet.open(shards), window_shards)
-    return loader.order.window_bytes(ShardSet.open(shards).shard_bytes, 1)
+    sizes = ShardSet.open(shards).shard_bytes
+    return max(loader.order.window_bytes(sizes, 1), int(sizes.max()))
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(2, 4), st.floats(1, 4))
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 4), st.floats(1, 4))
 def test_a_cache_of_any_size_that_holds_a_window_gives_the_same_rows(
     small: Path, tmp_path_factory: pytest.TempPathFactory, window_shards: int, windows: float
 ) -> None:
