@@ -27,6 +27,7 @@ from shards.streams import Shape
 __all__ = ["CacheOptions", "Loader", "LoaderState", "PhaseSpec", "Rows", "Shape", "ShardSet", "ValidationSet"]
 
 PHASE_SHIFT = 40
+STOP_WAIT_S = 10.0
 DOWNLOADS = 4  # at a time; verifying holds the interpreter, so one thread does where nothing is downloaded
 CANDIDATES = 4  # validation samples are chosen among so many times their number
 GOOD_WINDOWS = 3  # in the cache: the one that is read, the one before, in which rows waited, and the one after
@@ -97,7 +98,7 @@ class Ahead:
                     self._wanted.put(shard)
 
     def close(self) -> None:
-        """Let the threads end after the shard they are at; a download that hangs is left to its time limit."""
+        """Let the threads end after the shard they are at."""
         self._asked = frozenset()
         for _ in self._threads:
             self._wanted.put(None)
@@ -224,7 +225,7 @@ class Loader:
         finally:
             stop.set()
             ahead.close()
-            thread.join()
+            thread.join(STOP_WAIT_S)  # a download that hangs is left to its time limit
 
 
 def _put(items: queue.Queue, item: object, stop: threading.Event) -> bool:

@@ -6,6 +6,7 @@ Errors name the URL and a status, never what a library printed: redirects and pr
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import re
@@ -88,6 +89,8 @@ def connect(scheme: str, timeout_s: float) -> Source:
         return _Http(filesystem, timeout_s)
     if scheme == "s3":
         filesystem.retries = 1
+    else:
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints tracebacks; what fails is told here
     return _Objects(filesystem, scheme, timeout_s)
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,11 +43,10 @@ def opened(url: str | Path, cache: Path, limit: int | None = None) -> Iterator[S
         shards.store.close()
 
 
-def load(shards: ShardSet, window_shards: int, **more: int) -> Loader:
+def load(shards: ShardSet, window_shards: int, rank: int = 0, world: int = 1) -> Loader:
+    """The rows of a rank; all ranks share the cache."""
     shape = Shape(8, 32, window_shards=window_shards)
-    return Loader(
-        shards, BOTH, seed=1, shape=shape, micro_batch=8 // more.get("world", 1), **{"rank": 0, "world": 1} | more
-    )
+    return Loader(shards, BOTH, seed=1, shape=shape, micro_batch=8 // world, rank=rank, world=world, node_ranks=world)
 
 
 def steps(loader: Loader) -> list[Step]:
@@ -102,8 +102,9 @@ def test_a_cache_that_holds_no_window_is_refused_with_what_would_do(small: Path,
 
 def read_rank(url: str, cache: Path, limit: int, rank: int, path: Path) -> None:
     with opened(url, cache, limit) as shards:
-        found = steps(load(shards, 2, rank=rank, world=2, node_ranks=2))
-    np.savez(path, **{f"{at} {name}": value for at, step in enumerate(found) for name, value in step.items()})
+        found = steps(load(shards, 2, rank, 2))
+    arrays: dict[str, Any] = {f"{at} {name}": value for at, step in enumerate(found) for name, value in step.items()}
+    np.savez(path, **arrays)
 
 
 def test_ranks_share_a_cache_that_holds_one_window_only(small: Path, tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_ranks_share_a_cache_that_holds_one_window_only(small: Path, tmp_path: P
             process.join(GUARD_S)
             assert process.exitcode == 0
     for rank, path in enumerate(paths):
-        expected = steps(load(ShardSet.open(small), 2, rank=rank, world=2))
+        expected = steps(load(ShardSet.open(small), 2, rank, 2))
         with np.load(path) as got:
             for at, step in enumerate(expected):
                 assert all(np.array_equal(got[f"{at} {name}"], value) for name, value in step.items())
