@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,3 +178,20 @@ def test_an_object_store_that_is_gone_is_named(tmp_path: Path, monkeypatch: pyte
     options = CacheOptions(tmp_path, attempts=2, back_off_s=0.01)
     with pytest.raises(StoreError, match=r"^s3://a-bucket/set/manifest\.json: the transfer broke .*attempt 2"):
         ShardSet.open("s3://a-bucket/set", options)
+
+
+def test_the_next_window_is_downloaded_ahead_and_no_other(small: Path, tmp_path: Path) -> None:
+    with faulty_server(small) as server, opened(server.url, tmp_path) as shards:
+        loader = load(shards, 2)
+        files = [entry["file"] for entry in shards.manifest["shards"]]
+        wanted = {files[shard] for shard in loader.order.ahead(0, 0, 0, 8)}
+        reading = iter(loader)
+        next(reading)
+        until = time.monotonic() + GUARD_S
+        while not wanted <= {asked.name for asked in server.asked} and time.monotonic() < until:
+            time.sleep(0.02)
+        asked = {name for name in files if server.starts(name)}
+        reading.close()  # type: ignore[attr-defined]
+        assert wanted <= asked
+        further = {files[shard] for step in range(6) for shard in loader.order.ahead(0, step, 0, 8)}
+        assert asked <= further < set(files)
