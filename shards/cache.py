@@ -24,12 +24,17 @@ PART = ".part"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
+class NoRoom(StoreError):
+    """The limit, or the disk, leaves no room as long as other files are in use."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A file of the folder; a part counts as the whole it becomes."""
 
     path: Path
     size: int
+    missing: int  # bytes that a part still lacks
     used_ns: int
 
 
@@ -50,7 +55,8 @@ class Cache:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder's lock."""
+        """Hold the lock of the folder, which is made where it is not there (somebody may empty it by hand)."""
+        self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / LOCK).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -75,7 +81,8 @@ class Cache:
     def start(self, path: Path, size: int) -> int | None:
         """A descriptor of the file's part, ours alone to fill; None while another fills it.
 
-        Makes room first; raises StoreError where the limit leaves none. Under the folder's lock.
+        Makes room first; raises NoRoom where the limit, and OSError where the disk, leaves none, before anything is
+        downloaded. Under the folder's lock.
         """
         part = self.part(path)
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -92,10 +99,20 @@ class Cache:
             raise
         return descriptor
 
-    def finish(self, descriptor: int, path: Path) -> None:
-        """Give a filled part its name; the descriptor pins it from here on. Under the folder's lock."""
-        os.rename(self.part(path), path)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    def finish(self, descriptor: int, path: Path) -> bool:
+        """Give a filled part its name; the descriptor pins it from here on. Under the folder's lock.
+
+        False where the part was removed by hand, and another's may lie in its place.
+        """
+        part = self.part(path)
+        try:
+            ours = os.path.samestat(part.stat(), os.fstat(descriptor))
+        except FileNotFoundError:
+            ours = False
+        if ours:
+            os.rename(part, path)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return ours
 
     def evict(self, wanted: int, keep: Path | None = None) -> int:
         """Remove unused files, least recently used first, until `wanted` bytes are free: the bytes freed.
@@ -110,18 +127,28 @@ class Cache:
                 freed += entry.size
         return freed
 
+    def holds_files(self) -> bool:
+        """Whether files lie here, whole or in part."""
+        return next(self._entries(), None) is not None
+
     def _make_room(self, part: Path, name: str, size: int) -> None:
-        if self.limit_bytes is None:
-            return
-        taken = sum(entry.size for entry in self._entries() if entry.path != part)
-        excess = taken + size - self.limit_bytes
-        if excess > 0:
+        others = [entry for entry in self._entries() if entry.path != part]
+        if self.limit_bytes is not None:
+            taken = sum(entry.size for entry in others)
+            excess = taken + size - self.limit_bytes
             freed = self.evict(excess, part)
             if freed < excess:
-                raise StoreError(
-                    f"cache {self.directory}: its limit of {self.limit_bytes} bytes is too small: {taken - freed} are "
-                    f"in use and {size} are wanted for {name}; a limit of {taken - freed + size} bytes would do"
+                kind = NoRoom if freed < taken else StoreError
+                raise kind(
+                    f"cache {self.directory}: its limit of {self.limit_bytes} bytes (data.cache_gib) is too small: "
+                    f"{taken - freed} are in use and {size} are wanted for {name}; a limit of {taken - freed + size} "
+                    "bytes would do"
                 )
+        disk = os.statvfs(self.directory)
+        wanted = size - part.stat().st_size + sum(entry.missing for entry in others)
+        excess = wanted - disk.f_bavail * disk.f_frsize
+        if self.evict(excess, part) < excess:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _entries(self) -> Iterator[Entry]:
         with os.scandir(self.directory) as found:
@@ -130,7 +157,8 @@ class Cache:
                 if match is None:
                     continue
                 with contextlib.suppress(FileNotFoundError):  # somebody empties the folder by hand
-                    yield Entry(Path(item.path), int(match[1]), item.stat().st_mtime_ns)
+                    status, size = item.stat(), int(match[1])
+                    yield Entry(Path(item.path), size, max(0, size - status.st_size), status.st_mtime_ns)
 
 
 def _remove_unused(path: Path) -> bool:

@@ -10,9 +10,10 @@ import io
 import json
 import resource
 import threading
+import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +25,13 @@ from shards.corpus import Corpus, ShardLengths
 from shards.index import RAW_DTYPES, UNREADABLE, ShardReader, count_sources, load_columns, read_index
 from shards.record import VECTOR_SIZE, DataError
 from shards.regions import MappedRegion
-from shards.store import CacheOptions, Store, is_remote, open_store
+from shards.store import CacheOptions, NoRoom, Store, is_remote, open_store
 from shards.writer import MANIFEST, parse_manifest
 
 DAMAGE_CEILING = 1e-4
 FILES_PER_SHARD, SPARE_FILES = 4, 256
 MAX_OPEN = 256
+ROOM_POLL_S = 0.05  # how often it is looked whether other processes have let go of what fills the cache
 TABLE = ("first_token", "stop_token", "words", "image_id", "vector_offset")  # columns of OpenShard.table
 
 
@@ -64,12 +66,13 @@ class OpenShard:
 
 
 class Readers:
-    """Open shards, the least recently used let go when too many; each is verified when first opened.
+    """Open shards, the least recently used let go when too many, or too large for the cache; each is verified when
+    first opened.
 
     Shared by threads. A shard that is let go is closed, and no longer pinned in the store, once nobody uses it.
     """
 
-    def __init__(self, store: Store, manifest: dict[str, Any], damage_ceiling: float) -> None:
+    def __init__(self, store: Store, manifest: dict[str, Any], damage_ceiling: float, room_wait_s: float) -> None:
         self._store, self._entries = store, manifest["shards"]
         self._tokenizer = manifest["tokenizer"]["sha256"]
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
@@ -78,15 +81,19 @@ class Readers:
         self._lock = threading.Lock()
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = max(8, min(MAX_OPEN, (files - SPARE_FILES) // FILES_PER_SHARD))
-        self._ceiling = damage_ceiling
+        self._ceiling, self._room_wait_s = damage_ceiling, room_wait_s
         self.damaged: list[tuple[str, str]] = []  # (shard, key) of every damaged sample found
 
     def keep(self, shards: int) -> None:
         """Hold at most so many shards open."""
         self._limit = max(1, min(self._limit, shards))
 
-    def get(self, shard: int) -> OpenShard:
-        """The open shard of a number. Raises DataError when it cannot be had or does not fit its index."""
+    def get(self, shard: int, *, keep: Container[int] = (), waits: bool = True) -> OpenShard:
+        """The open shard of a number. Raises DataError when it cannot be had or does not fit its index.
+
+        Where the cache is full, shards not of `keep` are let go for it, and other processes waited for unless not
+        `waits`: then NoRoom.
+        """
         with self._lock:
             opened = self._open.get(shard)
             if opened is not None:
@@ -97,7 +104,7 @@ class Readers:
             with self._lock:
                 opened = self._open.get(shard)
             if opened is None:
-                opened = self._fetch(shard)
+                opened = self._fetch(shard, keep, waits)
                 with self._lock:
                     self._open[shard] = opened
                     while len(self._open) > self._limit:
@@ -117,7 +124,7 @@ class Readers:
     def index(self, shard: int) -> Iterator[Path]:
         """The index file of a shard; the tar is not needed. Raises DataError."""
         index = self._entries[shard]["index"]
-        path = self._store.fetch(index["file"], index["bytes"], index["sha256"])
+        path = self._bring(index)
         try:
             yield path
         finally:
@@ -140,13 +147,32 @@ class Readers:
         with self._lock:
             self._open.clear()
 
-    def _fetch(self, shard: int) -> OpenShard:
+    def _bring(self, part: dict[str, Any], keep: Container[int] = (), waits: bool = True) -> Path:
+        """A file of the set, pinned in the store."""
+        give_up = time.monotonic() + (self._room_wait_s if waits else 0)
+        while True:
+            try:
+                return self._store.fetch(part["file"], part["bytes"], part["sha256"])
+            except NoRoom:
+                if not self._let_one_go(keep):
+                    if time.monotonic() >= give_up:
+                        raise
+                    time.sleep(ROOM_POLL_S)
+
+    def _let_one_go(self, keep: Container[int]) -> bool:
+        """Whether a shard was still open that is not of `keep`."""
+        with self._lock:
+            shard = next((shard for shard in self._open if shard not in keep), None)
+            let_go = None if shard is None else self._open.pop(shard)
+        return let_go is not None
+
+    def _fetch(self, shard: int, keep: Container[int], waits: bool) -> OpenShard:
         entry = self._entries[shard]
         pinned: list[str] = []
         try:
             paths = []
             for part in (entry, entry["index"]):
-                paths.append(self._store.fetch(part["file"], part["bytes"], part["sha256"]))
+                paths.append(self._bring(part, keep, waits))
                 pinned.append(part["file"])
             reader = ShardReader(paths[0], self._tokenizer, paths[1])
             opened = OpenShard(reader, self._verify(shard, reader))
@@ -184,6 +210,7 @@ class ShardSet:
     generated: bool
     vector_size: int
     remote: bool
+    cache_bytes: int | None  # what the cache may hold, where there is one
     readers: Readers = field(repr=False, compare=False)
     store: Store = field(repr=False, compare=False)
     length_counts: np.ndarray = field(repr=False, compare=False)  # int32 [M, 4]: shard, source, tokens, samples
@@ -202,7 +229,8 @@ class ShardSet:
         the files of a URL are kept.
         """
         remote = is_remote(str(location))
-        store = open_store(str(location), cache or CacheOptions())
+        cache = cache or CacheOptions()
+        store = open_store(str(location), cache)
         manifest = parse_manifest(store.read(MANIFEST), f"{store.location}/{MANIFEST}")
         tokenizer = manifest["tokenizer"]
         _read_checked(store, tokenizer["file"], tokenizer["sha256"])
@@ -211,7 +239,7 @@ class ShardSet:
             for part in (entry, entry["index"]):
                 store.fetch(part["file"], part["bytes"], part["sha256"])
                 store.release(part["file"])
-        readers = Readers(store, manifest, damage_ceiling)
+        readers = Readers(store, manifest, damage_ceiling, cache.room_wait_s)
         return cls(
             store.location,
             manifest,
@@ -220,6 +248,7 @@ class ShardSet:
             manifest["generated"],
             manifest["vector_size"],
             remote,
+            cache.limit_bytes if remote else None,
             readers,
             store,
             _length_counts(lengths, manifest, store.location),
@@ -229,6 +258,11 @@ class ShardSet:
     def identity(self) -> str:
         """A hash of the manifest: equal sets have equal ones."""
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def shard_bytes(self) -> np.ndarray:
+        """int64 [shards]: the bytes of each shard and its index."""
+        return np.array([e["bytes"] + e["index"]["bytes"] for e in self.manifest["shards"]], np.int64)
 
     def words(self, split: str) -> int:
         """Words of a split, "train" or "validation"."""

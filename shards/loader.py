@@ -5,6 +5,8 @@ Symbols: B rows of a micro-batch, T positions, V width of a vision vector, G row
 
 from __future__ import annotations
 
+import contextlib
+import math
 import queue
 import threading
 import time
@@ -25,8 +27,10 @@ from shards.streams import Shape
 __all__ = ["CacheOptions", "Loader", "LoaderState", "PhaseSpec", "Rows", "Shape", "ShardSet", "ValidationSet"]
 
 PHASE_SHIFT = 40
+STOP_WAIT_S = 10.0
 DOWNLOADS = 4  # at a time; verifying holds the interpreter, so one thread does where nothing is downloaded
 CANDIDATES = 4  # validation samples are chosen among so many times their number
+GOOD_WINDOWS = 3  # in the cache: the one that is read, the one before, in which rows waited, and the one after
 HELD_WINDOWS = 4  # the one that is read, the one after, and those that rows waited in
 
 
@@ -68,36 +72,65 @@ class RankSlice:
 
 
 class Ahead:
-    """Daemon threads that open shards before they are needed; what fails is tried again by who needs it."""
+    """Daemon threads that open shards before they are needed; what fails is tried again by who needs it.
+
+    They let shards go only where those are not wanted, so that a cache too small for the next windows keeps what is
+    read now.
+    """
 
     def __init__(self, readers: Readers, threads: int) -> None:
         self._readers = readers
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._asked: set[int] = set()
+        self._asked: frozenset[int] = frozenset()
+        self._opened: set[int] = set()
         self._threads = [threading.Thread(target=self._open, name="ahead", daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
     def want(self, shards: list[int]) -> None:
         """Ask for the shards of the windows that are read now and next."""
-        for shard in shards:
-            if shard not in self._asked:
-                self._wanted.put(shard)
-        self._asked = set(shards)
+        asked = frozenset(shards)
+        if asked != self._asked:
+            self._asked = asked
+            self._opened &= asked
+            for shard in dict.fromkeys(shards):
+                if shard not in self._opened:
+                    self._wanted.put(shard)
 
     def close(self) -> None:
-        """Let the threads end after the shard they are at; a download that hangs is left to its time limit."""
-        self._asked = set()
+        """Let the threads end after the shard they are at."""
+        self._asked = frozenset()
         for _ in self._threads:
             self._wanted.put(None)
 
     def _open(self) -> None:
         while (shard := self._wanted.get()) is not None:
-            if shard in self._asked:
-                try:
-                    self._readers.get(shard)
-                except DataError:
-                    continue
+            asked = self._asked
+            if shard in asked:
+                with contextlib.suppress(DataError):
+                    self._readers.get(shard, keep=asked, waits=False)
+                    self._opened.add(shard)
+
+
+def check_cache(shards: ShardSet, order: Order, partitions: int) -> None:
+    """Raises ValueError where the cache cannot hold the windows that a node reads `partitions` of at a time.
+
+    A smaller one would download every shard anew at nearly every step.
+    """
+    if shards.cache_bytes is None:
+        return
+    needed = max(order.window_bytes(shards.shard_bytes, partitions), int(shards.shard_bytes.max()))
+    if needed > shards.cache_bytes:
+        raise ValueError(
+            f"data.cache_gib {_gib(shards.cache_bytes)} is too small: the windows of data.window_shards "
+            f"{order.shape.window_shards} shards that are read at a time take {_gib(needed)}: give "
+            f"{_gib(GOOD_WINDOWS * needed)}, or lower data.window_shards"
+        )
+
+
+def _gib(size: int) -> str:
+    """Bytes in GiB, rounded up."""
+    return f"{math.ceil(size / 2**30 * 1e6) / 1e6:g}"
 
 
 class Loader:
@@ -116,8 +149,9 @@ class Loader:
         state: LoaderState = LoaderState(0, 0),
         prefetch: int = 2,
         pack_captions: bool = False,
+        node_ranks: int = 1,
     ) -> None:
-        """Raises ValueError naming the numbers that do not fit."""
+        """node_ranks: ranks that share the cache. Raises ValueError naming the numbers that do not fit."""
         self._runs = RankSlice(rank, world, micro_batch).runs(shape)
         self._micro_batch, self._prefetch, self._state = micro_batch, prefetch, state
         self._readers, self._remote = shards.readers, shards.remote
@@ -127,6 +161,7 @@ class Loader:
             raise ValueError(f"{state} lies outside of the {self._phases} phases")
         if state.phase < self._phases and state.position > self.order.steps(state.phase):
             raise ValueError(f"{state} lies past the phase's {self.order.steps(state.phase)} steps")
+        check_cache(shards, self.order, -(-shape.partitions * min(node_ranks, world) // world))
         own = -(-shape.partitions // world)  # the partitions that this rank reads
         self._readers.keep(HELD_WINDOWS * shape.window_shards * own * max(len(p.mix) for p in phases))
         self._wait_seconds = 0.0
@@ -190,7 +225,7 @@ class Loader:
         finally:
             stop.set()
             ahead.close()
-            thread.join()
+            thread.join(STOP_WAIT_S)  # a download that hangs is left to its time limit
 
 
 def _put(items: queue.Queue, item: object, stop: threading.Event) -> bool:
@@ -272,9 +307,13 @@ class ValidationSet:
             if partner is not None:
                 for row in np.flatnonzero(rows.valid).tolist():
                     other = int(partner[record[row]])
-                    opened = self._readers.get(int(self._chosen.shard[other]))
-                    rows.vision[row] = opened.reader.vector(int(self._chosen.sample[other]))
+                    rows.vision[row] = self._vector(other)
             yield rows
+
+    def _vector(self, chosen: int) -> np.ndarray | None:
+        """The vector of a chosen sample."""
+        opened = self._readers.get(int(self._chosen.shard[chosen]))
+        return opened.reader.vector(int(self._chosen.sample[chosen]))
 
     def _permutation(self) -> np.ndarray:
         """int64: for each chosen sample the one whose vector it gets: by image id, rotated by the largest group."""
@@ -316,15 +355,20 @@ def _candidates(shards: ShardSet, modality: str, enough: int) -> _Samples:
     for at in np.argsort(_mixed(np.array(fits, np.uint64)), kind="stable").tolist():
         if held >= enough:
             break
-        opened = shards.readers.get(fits[at])
-        columns = opened.reader.columns
-        whole = np.setdiff1d(np.arange(len(opened.reader)), sorted(opened.damaged)).astype(np.int64)
-        positions = np.diff(columns["token_offsets"])[whole] + 1
-        part = np.full(len(whole), fits[at]), whole, positions, columns["crc32"][whole], columns["image_id"][whole]
+        part = _whole_samples(shards.readers, fits[at])
         parts.append(part)
-        held += len(whole)
+        held += len(part[0])
     shards.readers.check_damage()
     return _Samples(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _whole_samples(readers: Readers, shard: int) -> tuple[np.ndarray, ...]:
+    """(shard, sample, positions, crc32, image id) of the samples of a shard that are not damaged, each [n]."""
+    opened = readers.get(shard)
+    columns = opened.reader.columns
+    whole = np.setdiff1d(np.arange(len(opened.reader)), sorted(opened.damaged)).astype(np.int64)
+    positions = np.diff(columns["token_offsets"])[whole] + 1
+    return np.full(len(whole), shard), whole, positions, columns["crc32"][whole], columns["image_id"][whole]
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ step reads is drawn beforehand, so that step n is found without those before it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,18 +113,28 @@ class Order:
         return stream.plan(key, number, first, count)
 
     def ahead(self, phase: int, step: int, first: int, count: int) -> list[int]:
-        """The shards that rows first : first + count need in the windows of a step and right after them."""
-        stream, key, number = self._locate(phase, step)
+        """The shards that rows first : first + count need in the windows of a step and right after them.
+
+        Those of every stream of the phase, since the next step may read another; the windows of now come first.
+        """
         parts = range(first // self.shape.share, (first + count - 1) // self.shape.share + 1)
-        shards: list[int] = []
-        for partition in parts:
-            window = stream.window_of(key, number, partition)
-            shards += stream.shards_of(key, partition, window).tolist()
-            following = stream.shards_of(key, partition, window + 1)
-            if not len(following):
-                following = stream.shards_of(EpochKey(key.seed, key.phase, key.epoch + 1), partition, 0)
-            shards += following.tolist()
-        return shards
+        now: list[int] = []
+        after: list[int] = []
+        for stream, key, number in self._places(phase, step):
+            for partition in parts:
+                window = stream.window_of(key, number, partition)
+                now += stream.shards_of(key, partition, window).tolist()
+                following = stream.shards_of(key, partition, window + 1)
+                if not len(following):
+                    following = stream.shards_of(EpochKey(key.seed, key.phase, key.epoch + 1), partition, 0)
+                after += following.tolist()
+        return now + after
+
+    def window_bytes(self, shard_bytes: np.ndarray, partitions: int) -> int:
+        """The most bytes that the windows of a step take in so many partitions; shard_bytes int64 [shards]."""
+        return max(
+            sum(stream.window_bytes(shard_bytes, partitions) for stream in phase.streams) for phase in self._phases
+        )
 
     def passes(self) -> dict[str, int]:
         """How often at most a sample of each source is trained: over all phases, begun epochs count whole."""
@@ -144,6 +154,19 @@ class Order:
             if rest:
                 total += stream.words_before(EpochKey(self._seed, phase, epochs), rest)
         return total
+
+    def _places(self, phase: int, step: int) -> Iterator[tuple[Stream, EpochKey, int]]:
+        """(stream, epoch, batch of that epoch) of each stream of a phase: the batch that is read now or next."""
+        resolved = self._phases[phase]
+        if resolved.schedule is not None:
+            epoch, drawn = 0, resolved.schedule.counts(step)
+        else:
+            epoch, at = divmod(step, _epoch_steps(resolved.streams))
+            drawn = self._schedule(phase, resolved.streams, epoch).counts(at)
+        for stream, batches in zip(resolved.streams, drawn.tolist(), strict=True):
+            if resolved.schedule is not None:
+                epoch, batches = divmod(batches, stream.batches)
+            yield stream, EpochKey(self._seed, phase, epoch), min(batches, stream.batches - 1)
 
     def _locate(self, phase: int, step: int) -> tuple[Stream, EpochKey, int]:
         """(stream, epoch, batch of that epoch) of a step."""

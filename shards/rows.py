@@ -6,8 +6,8 @@ Symbols: B rows of a micro-batch, T positions, S image slots of a row, V width o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -15,10 +15,13 @@ from shards.corpus import PAIRS, RowPlan
 from shards.dataset import TABLE, OpenShard
 from shards.record import VECTOR_SIZE
 from shards.regions import join
+from shards.store import NoRoom
 from shards.tokenizer import BOS, EOS
 
 IGNORED = -100
 DENSE = 8  # spans a shard
+PER_POSITION = ("tokens", "targets", "segments", "positions")
+PER_SLOT = ("vision", "has_vision", "image_ids")
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,42 @@ class _Spans:
         return len(self.order) >= DENSE * len(self.groups)
 
 
-def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.ndarray) -> Rows:
+class Find(Protocol):
+    """Opens shards, as Readers.get does."""
+
+    def __call__(self, shard: int, *, waits: bool = True) -> OpenShard: ...
+
+
+def build_rows(find: Find, plan: RowPlan, positions: np.ndarray) -> Rows:
     """The rows of a plan as arrays; `positions` int64 [B] are their global positions.
 
-    A damaged sample is masked: targets -100, no vision, no words. Raises DataError where a shard cannot be read.
+    A damaged sample is masked: targets -100, no vision, no words. Where the cache cannot hold all shards of the plan
+    they are read some at a time. Raises DataError where a shard cannot be read.
     """
+    rows, done = _build(find, plan, positions, 0)
+    while done < len(plan.shards):
+        more, done = _build(find, plan, positions, done)
+        rows = _merged(rows, more)
+    return rows
+
+
+def _merged(rows: Rows, more: Rows) -> Rows:
+    """The spans of both, which lie at different places."""
+    rows = replace(rows, vision=rows.vision.astype(np.result_type(rows.vision, more.vision), copy=False))
+    for names, there in ((PER_POSITION, more.segments > 0), (PER_SLOT, more.has_vision)):
+        for name in names:
+            getattr(rows, name)[there] = getattr(more, name)[there]
+    return replace(rows, words=rows.words + more.words, valid=rows.valid | more.valid)
+
+
+def _build(find: Find, plan: RowPlan, positions: np.ndarray, begin: int) -> tuple[Rows, int]:
+    """(rows that hold the spans from `begin` on, by shard, up to where the cache is full; where that is)."""
     size, pairs = len(plan.row_offsets) - 1, plan.modality == PAIRS
     per_row = plan.row_offsets[1:] - plan.row_offsets[:-1]
     most = int(per_row.max())
     row, segment, column = _places(plan, per_row, most)
     slots = max(1, most) if pairs else 1
-    spans = _look_up(find, plan)
+    spans, done = _look_up(find, plan, begin)
     row, segment, column = row[spans.order], segment[spans.order], column[spans.order]
     slot = row * slots + segment if slots > 1 else row
     rows = Rows(
@@ -122,7 +150,7 @@ def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.nd
     if pairs:
         rows.has_vision[slot] = True
         rows.image_ids[slot] = spans.image_ids
-    return rows
+    return rows, done
 
 
 def _places(plan: RowPlan, per_row: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -137,14 +165,20 @@ def _places(plan: RowPlan, per_row: np.ndarray, most: int) -> tuple[np.ndarray, 
     return row, segment, begin - begin[plan.row_offsets[row]]
 
 
-def _look_up(find: Callable[[int], OpenShard], plan: RowPlan) -> _Spans:
-    """Find the spans in their shards, leaving out those whose sample is damaged."""
-    order = np.argsort(plan.shards, kind="stable")
+def _look_up(find: Find, plan: RowPlan, begin: int) -> tuple[_Spans, int]:
+    """Find spans in their shards, leaving out those whose sample is damaged; how many are done, by shard."""
+    order = np.argsort(plan.shards, kind="stable")[begin:]
     shards, samples = plan.shards[order], plan.samples[order]
     cuts = [0, *(np.flatnonzero(shards[1:] != shards[:-1]) + 1).tolist(), len(order)]
-    kept, found, groups, count = [order[:0]], [np.zeros((0, len(TABLE)), np.int64)], [], 0
+    kept, found, groups, count, done = [order[:0]], [np.zeros((0, len(TABLE)), np.int64)], [], 0, 0
     for first, stop in itertools.pairwise(cuts) if len(order) else ():
-        opened, here, mine = find(int(shards[first])), order[first:stop], samples[first:stop]
+        try:
+            opened = find(int(shards[first]), waits=done == 0)
+        except NoRoom:
+            if done == 0:
+                raise
+            break
+        here, mine, done = order[first:stop], samples[first:stop], stop
         if opened.damaged:
             whole = ~opened.lost[mine]
             here, mine = here[whole], mine[whole]
@@ -160,7 +194,7 @@ def _look_up(find: Callable[[int], OpenShard], plan: RowPlan) -> _Spans:
     begins = low + starts - (starts > 0)  # the first input of a later piece is the last target before it
     spans = _Spans(order, plan.samples[order], starts, lengths, begins, stops, ends, words, image_ids, vectors, groups)
     _count_words(spans)
-    return spans
+    return spans, begin + done
 
 
 def _count_words(spans: _Spans) -> None:

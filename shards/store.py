@@ -15,10 +15,10 @@ from typing import Protocol
 from urllib.parse import quote, unquote, urlsplit
 
 from shards import transfer
-from shards.cache import NO_ROOM, Cache
+from shards.cache import NO_ROOM, Cache, NoRoom
 from shards.transfer import PACKAGES, Retry, StoreError
 
-__all__ = ["CacheOptions", "LocalStore", "RemoteStore", "Store", "StoreError", "is_remote", "open_store"]
+__all__ = ["CacheOptions", "LocalStore", "NoRoom", "RemoteStore", "Store", "StoreError", "is_remote", "open_store"]
 
 SCHEME = re.compile(r"(pipe|file):|([a-z][a-z0-9+.-]*):(?:[^/]*:)?//", re.IGNORECASE)  # also fsspec's "a::b://"
 POLL_S = 0.05  # how often a process looks whether the one that downloads has finished
@@ -33,6 +33,7 @@ class CacheOptions:
     attempts: int = 6
     back_off_s: float = 1.0  # before the second attempt; doubles, up to half a minute
     timeout_s: float = 60.0  # for a server's next bytes
+    room_wait_s: float = 300.0  # until other processes let go of what fills the folder
 
     def folder(self) -> Path:
         """The folder, `bitmar` in the user's cache folder by default."""
@@ -51,7 +52,10 @@ class Store(Protocol):
         ...
 
     def fetch(self, name: str, size: int, sha256: str) -> Path:
-        """A file of this machine of `size` bytes, in use until it is released as often. Raises StoreError."""
+        """A file of this machine of `size` bytes, in use until it is released as often.
+
+        Raises StoreError, and NoRoom where it could be had if less were in use.
+        """
         ...
 
     def release(self, name: str) -> None:
@@ -155,7 +159,7 @@ class RemoteStore:
     def fetch(self, name: str, size: int, sha256: str) -> Path:
         """The file in the cache, of that size and checksum; downloaded where it is not there yet.
 
-        Raises StoreError naming the URL, or the cache where it cannot hold the file.
+        Raises StoreError naming the URL, or the cache where it cannot hold the file; NoRoom while too much is in use.
         """
         url = self._url(name)
         path = self._cache.path(name, size, sha256)
@@ -165,10 +169,11 @@ class RemoteStore:
                 pin.count += 1
                 return pin.path
         try:
-            self._cache.directory.mkdir(parents=True, exist_ok=True)
             descriptor = self._obtain(url, path, size, sha256)
         except OSError as error:
-            raise StoreError(
+            in_use = error.errno in NO_ROOM and self._cache.holds_files()  # what was not has been evicted
+            kind = NoRoom if in_use else StoreError
+            raise kind(
                 f"cache {self._cache.directory}: {error.strerror or error} (for {url}): make room there, or give "
                 "data.cache_directory a folder on a local disk"
             ) from None
@@ -219,12 +224,17 @@ class RemoteStore:
                     return descriptor
                 self._discard(descriptor, path)  # damaged on this disk: whoever comes next downloads it
             elif ours is not None:
-                return self._fill(ours, url, path, size, sha256)
+                if self._fill(ours, url, path, size, sha256):
+                    return ours
+                os.close(ours)  # somebody emptied the cache by hand meanwhile
             elif self._stop.wait(POLL_S):  # another process or thread downloads it
                 raise StoreError(f"{url}: stopped while another process downloaded it")
 
-    def _fill(self, descriptor: int, url: str, path: Path, size: int, sha256: str) -> int:
-        """Download into the part that the descriptor holds; it then pins the finished file."""
+    def _fill(self, descriptor: int, url: str, path: Path, size: int, sha256: str) -> bool:
+        """Download into the part that the descriptor holds; it then pins the finished file.
+
+        False where the part is no longer in the cache.
+        """
         try:
             for last in (False, True):
                 self._download(descriptor, url, path, size)
@@ -237,12 +247,13 @@ class RemoteStore:
                         f"{url}: its sha256 is {found}, the manifest says {sha256}: the set at the server is damaged"
                     )
             with self._cache.locked():
-                self._cache.finish(descriptor, path)
+                finished = self._cache.finish(descriptor, path)
         except BaseException:
             os.close(descriptor)
             raise
-        self._verified.add(path)
-        return descriptor
+        if finished:
+            self._verified.add(path)
+        return finished
 
     def _download(self, descriptor: int, url: str, path: Path, size: int) -> None:
         with open(descriptor, "r+b", buffering=0, closefd=False) as file:

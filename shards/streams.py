@@ -114,6 +114,11 @@ class Stream(ABC):
         size = self._shape.window_shards
         return self._shard_orders(key)[partition][window * size : (window + 1) * size]
 
+    def window_bytes(self, shard_bytes: np.ndarray, partitions: int) -> int:
+        """The most bytes that a window takes in so many partitions; shard_bytes int64 [shards]."""
+        largest = [int(np.sort(shard_bytes[part])[-self._shape.window_shards :].sum()) for part in self._parts]
+        return sum(sorted(largest)[-partitions:])
+
     def _shard_orders(self, key: EpochKey) -> list[np.ndarray]:
         """The shards of each partition in the epoch's order."""
         held = self._orders.get(key)

@@ -6,6 +6,7 @@ Errors name the URL and a status, never what a library printed: redirects and pr
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import re
@@ -22,6 +23,8 @@ RANGE_BYTES = 8 << 20
 PARALLEL_RANGES = 4
 CHUNK_BYTES = 1 << 20
 MAX_BACK_OFF_S = 30.0
+SLOWEST_BYTES_S = 1024  # a server that sends less is as good as one that sends nothing
+SLOWEST_RANGE_BYTES_S = 64 << 10  # of one of PARALLEL_RANGES, which count for nothing until they are whole
 PASSING = (408, 425, 429)  # client errors that another attempt may cure
 
 
@@ -100,7 +103,9 @@ def connect(scheme: str, timeout_s: float) -> Source:
         return _Http(filesystem, timeout_s)
     if scheme == "s3":
         filesystem.retries = 1
-    return _Objects(filesystem, scheme)
+    else:
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints tracebacks; what fails is told here
+    return _Objects(filesystem, scheme, timeout_s)
 
 
 def download(
@@ -228,7 +233,7 @@ class _Http:
     def _next(self, response: Any) -> bytes:
         from fsspec.asyn import sync
 
-        return cast(bytes, sync(self._filesystem.loop, _read_chunk, response))
+        return cast(bytes, sync(self._filesystem.loop, _read_chunk, response, self._timeout_s))
 
     async def _get(self, url: str, start: int, version: Version | None) -> Any:
         import aiohttp
@@ -241,7 +246,8 @@ class _Http:
             if version is not None and version.validator is not None:
                 headers["If-Range"] = version.validator
         limits = aiohttp.ClientTimeout(total=None, connect=self._timeout_s, sock_read=self._timeout_s)
-        return await session.get(self._filesystem.encode_url(url), headers=headers, timeout=limits, **options)
+        async with asyncio.timeout(2 * self._timeout_s):  # headers may come a byte at a time
+            return await session.get(self._filesystem.encode_url(url), headers=headers, timeout=limits, **options)
 
     def close(self) -> None:
         from fsspec.asyn import sync
@@ -251,18 +257,24 @@ class _Http:
             sync(self._filesystem.loop, session.close)
 
 
-async def _read_chunk(response: Any) -> bytes:
-    """Up to CHUNK_BYTES or a little more; fewer at a break, which the next call then raises."""
+async def _read_chunk(response: Any, timeout_s: float) -> bytes:
+    """Up to CHUNK_BYTES or a little more; fewer at a break, which the next call then raises, or when time is up.
+
+    Raises Broken for a server that only trickles.
+    """
     import aiohttp
 
     parts, got = [], 0
     try:
-        while got < CHUNK_BYTES and (data := await response.content.readany()):
-            parts.append(data)
-            got += len(data)
+        async with asyncio.timeout(timeout_s) as limit:
+            while got < CHUNK_BYTES and (data := await response.content.readany()):
+                parts.append(data)
+                got += len(data)
     except (TimeoutError, aiohttp.ClientError):
         if not parts:
             raise
+        if limit.expired() and got < SLOWEST_BYTES_S * timeout_s:
+            raise Broken(f"too slow: {got} bytes in {timeout_s:g} s") from None
     return b"".join(parts)
 
 
@@ -309,8 +321,8 @@ def _note_version(response: Any, version: Version, start: int, offset: int | Non
 class _Objects:
     """Object stores: several ranges at once, since one connection is slower than a disk."""
 
-    def __init__(self, filesystem: Any, scheme: str) -> None:
-        self._filesystem, self._scheme = filesystem, scheme
+    def __init__(self, filesystem: Any, scheme: str, timeout_s: float) -> None:
+        self._filesystem, self._scheme, self._timeout_s = filesystem, scheme, timeout_s
 
     def chunks(
         self, url: str, start: int, size: int | None, version: Version | None = None
@@ -332,9 +344,14 @@ class _Objects:
         """Ranges of a file, asked for at once; each as bytes or as what went wrong."""
         from fsspec.asyn import sync
 
+        async def bounded(start: int | None, stop: int | None) -> bytes:
+            # The client's own limit is for the next bytes, which a server that trickles never passes.
+            wanted = RANGE_BYTES if start is None or stop is None else stop - start
+            async with asyncio.timeout(2 * self._timeout_s + wanted / SLOWEST_RANGE_BYTES_S):
+                return await self._filesystem._cat_file(url, start=start, end=stop)
+
         async def gather() -> list[Any]:
-            calls = [self._filesystem._cat_file(url, start=start, end=stop) for start, stop in ranges]
-            return await asyncio.gather(*calls, return_exceptions=True)
+            return await asyncio.gather(*(bounded(*each) for each in ranges), return_exceptions=True)
 
         return cast("list[bytes | BaseException]", sync(self._filesystem.loop, gather))
 
