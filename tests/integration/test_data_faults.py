@@ -8,14 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bitmar import train
-from bitmar.assembly import assemble
-from bitmar.config import Config
-from bitmar.engine.world import World
 from bitmar.observability.records import EVENTS_FILE, METRICS_FILE, read_lines
 from shards.index import ShardReader
-from shards.record import DataError
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_ranks, train_all
 from tests.support.runs import newest, tiny_config
 
 TEXT_STEPS = 4  # the first phase, which reads no pair
@@ -39,25 +34,6 @@ def damage(shards: Path, samples: int) -> list[tuple[str, str]]:
     return keys
 
 
-def train_all(world: World, cases: dict[str, tuple[Config, bool]]) -> dict[str, str]:
-    """Train each case; what ended it. A case may lose its pair shards once the run has been put together."""
-    ended = {}
-    for name, (config, loses_shards) in cases.items():
-        run = assemble(config, world)
-        world.barrier()
-        if loses_shards and world.is_first:
-            for tar in pair_tars(Path(config.data.shards)):
-                tar.unlink()
-        world.barrier()
-        try:
-            train.loop(run)
-            ended[name] = ""
-        except DataError as error:
-            ended[name] = str(error)
-        run.sinks.close(0)
-    return ended
-
-
 @pytest.fixture(scope="module")
 def outcome(
     tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory
@@ -68,7 +44,8 @@ def outcome(
     for name, samples, loses in (("one", 1, False), ("many", 3, False), ("gone", 0, True)):
         shards = shutil.copytree(tiny_shards, folder / name)
         keys[name] = damage(shards, samples)
-        cases[name] = (tiny_config(folder / "recipes", shards, folder / "runs", name), loses)
+        lost = pair_tars(shards) if loses else []
+        cases[name] = (tiny_config(folder / "recipes", shards, folder / "runs", name), lost)
     return folder / "runs", run_ranks(2, folder / "ranks", train_all, cases), keys
 
 

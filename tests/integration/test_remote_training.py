@@ -9,13 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bitmar import train
-from bitmar.assembly import assemble
 from bitmar.config import Config
-from bitmar.engine.world import World
 from bitmar.observability.records import EVENTS_FILE, read_lines
-from shards.record import DataError
-from tests.support.ranks import run_ranks
+from tests.support.ranks import run_ranks, train_all
 from tests.support.runs import metrics, newest, recipe, tiny_config, write_recipe
 from tests.support.servers import faulty_server
 
@@ -28,24 +24,6 @@ def pair_files(shards: Path) -> list[str]:
     entries = json.loads((shards / "manifest.json").read_text())["shards"]
     wanted = [e for e in entries if (e["modality"], e["split"]) == ("pairs", "train")]
     return [name for entry in wanted for name in (entry["file"], entry["index"]["file"])]
-
-
-def train_all(world: World, cases: dict[str, tuple[Config, list[Path]]]) -> dict[str, str]:
-    """Train each case; what ended it. Once a run has been put together some files go, or what a folder holds."""
-    ended = {}
-    for name, (config, lost) in cases.items():
-        run = assemble(config, world)
-        world.barrier()
-        for path in lost if world.is_first else []:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        world.barrier()
-        try:
-            train.loop(run)
-            ended[name] = ""
-        except DataError as error:
-            ended[name] = str(error)
-        run.sinks.close(0)
-    return ended
 
 
 @pytest.fixture(scope="module")

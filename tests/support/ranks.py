@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from bitmar import train
+from bitmar.assembly import assemble
+from bitmar.config import Config
 from bitmar.engine.world import World, free_port, join_world, leave_world
+from shards.record import DataError
 
 TIMEOUT_S = 300  # of a collective: a guard against hangs, not a measure
 
@@ -25,6 +30,24 @@ def run_ranks(size: int, folder: Path, function: Callable[..., Any], *arguments:
     folder.mkdir(parents=True, exist_ok=True)
     mp.spawn(_rank, (size, free_port(), str(folder), threads, function, arguments), nprocs=size)  # type: ignore[attr-defined]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def train_all(world: World, cases: dict[str, tuple[Config, list[Path]]]) -> dict[str, str]:
+    """Train each case; what ended it. Once a run has been put together some files go, or what a folder holds."""
+    ended = {}
+    for name, (config, lost) in cases.items():
+        run = assemble(config, world)
+        world.barrier()
+        for path in lost if world.is_first else []:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        world.barrier()
+        try:
+            train.loop(run)
+            ended[name] = ""
+        except DataError as error:
+            ended[name] = str(error)
+        run.sinks.close(0)
+    return ended
 
 
 def _rank(

@@ -29,7 +29,8 @@ def stall_rows(bench: Bench) -> Iterator[Row]:
     overrides = [f"data.shards={shards}", f"run.directory={bench.folder}", "run.name=stall", "logging.wandb=disabled"]
     if bench.quick:
         overrides += [f"phases.{number}.steps=3" for number in range(len(recipe["phases"]))]
-        overrides += ["validation.max_samples=32", "training.global_batch=32"]
+        overrides += ["training.global_batch=32", "engine.threads_per_rank=1", "validation.max_samples=32"]
+        overrides += ["model.encoder_layers=1", "model.decoder_layers=1"]
     command = [*train, str(RECIPE), *([] if bench.quick else [str(torch.cuda.device_count() or 2)]), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
