@@ -119,7 +119,7 @@ def check_cache(shards: ShardSet, order: Order, partitions: int) -> None:
     """
     if shards.cache_bytes is None:
         return
-    needed = max(order.window_bytes(shards.shard_bytes, partitions), int(shards.shard_bytes.max()))
+    needed = max(order.window_bytes(shards.shard_bytes, partitions), int(shards.shard_bytes.max(initial=0)))
     if needed > shards.cache_bytes:
         raise ValueError(
             f"data.cache_gib {_gib(shards.cache_bytes)} is too small: the windows of data.window_shards "

@@ -36,7 +36,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def opened(url: str | Path, cache: Path, limit: int | None = None) -> Iterator[ShardSet]:
-    shards = ShardSet.open(url, CacheOptions(cache, limit, attempts=3, back_off_s=0.01, room_wait_s=GUARD_S))
+    shards = ShardSet.open(url, CacheOptions(cache, limit, attempts=3, back_off_s=0.01, room_wait_s=60))
     try:
         yield shards
     finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bitmar import train
 from bitmar.config import Config
 from bitmar.observability.records import EVENTS_FILE, read_lines
 from tests.support.ranks import run_ranks, train_all
