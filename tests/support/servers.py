@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+SERVICES = ("master", "volume", "filer", "s3")  # of which the S3 server is made
 TRICKLE_S = 0.02  # between the bytes of a server that trickles
 S3_START_S = 120  # a guard, not a measure
 S3_ATTEMPTS = 3  # another process may take a free port before the server does
@@ -198,7 +199,8 @@ def s3_server(bucket: str, files: dict[str, Path]) -> Iterator[dict[str, str]]:
         pytest.skip(message)
     with tempfile.TemporaryDirectory(prefix="s3-") as folder:
         for _ in range(S3_ATTEMPTS):
-            process, environment = _start_s3(program, Path(folder))
+            ports = _free_ports(2 * len(SERVICES))
+            process, environment = _start_s3(program, Path(folder), ports)
             try:
                 if _answers(process, environment["AWS_ENDPOINT_URL"]):
                     _upload(environment, bucket, files)
@@ -207,14 +209,15 @@ def s3_server(bucket: str, files: dict[str, Path]) -> Iterator[dict[str, str]]:
             finally:
                 process.kill()  # what it holds is thrown away; asked politely it takes half a minute
                 process.wait()
+                for name, port in zip(SERVICES, ports[1::2], strict=True):  # it puts these there, whatever it is told
+                    Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)
         pytest.fail(f"the S3 server did not start: {(Path(folder) / 'log').read_text()[-2000:]}")
 
 
-def _start_s3(program: Path, folder: Path) -> tuple[subprocess.Popen, dict[str, str]]:
-    names = ("master", "volume", "filer", "s3")
-    ports = _free_ports(2 * len(names))
+def _start_s3(program: Path, folder: Path, ports: list[int]) -> tuple[subprocess.Popen, dict[str, str]]:
+    """ports: of each service, one for HTTP and one for gRPC."""
     command = [str(program), "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"]
-    for at, name in enumerate(names):
+    for at, name in enumerate(SERVICES):
         command += [f"-{name}.port={ports[2 * at]}", f"-{name}.port.grpc={ports[2 * at + 1]}"]
     command += [f"-{name}.localSocket={folder}/{name}.sock" for name in ("filer", "s3")]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false", "-master.volumeSizeLimitMB=64"]
