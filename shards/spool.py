@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -42,13 +43,14 @@ def write_spool(path: Path, batches: Iterable[Sequence[str | Rejected]]) -> None
 
 
 class Spool:
-    """The texts of a source, opened and mapped: what is mapped counts as this process's memory until it lets go."""
+    """The texts of a source, opened. Where they end is mapped; they are read, since what is mapped counts as memory."""
 
     def __init__(self, path: Path) -> None:
         about = json.loads(path.with_suffix(".json").read_text())
         self.faults: dict[int, str] = {int(number): reason for number, reason in about["faults"].items()}
         self._ends = _mapped(path.with_suffix(".ends"), np.int64)
-        self._texts = memoryview(_mapped(path.with_suffix(".texts"), np.uint8).data)
+        self._texts = os.open(path.with_suffix(".texts"), os.O_RDONLY)
+        weakref.finalize(self, os.close, self._texts)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -57,8 +59,7 @@ class Spool:
         """The texts of `rows`, UTF-8; empty where a record is unusable."""
         stops = self._ends[rows].tolist()
         starts = np.where(rows > 0, self._ends[rows - 1], 0).tolist()
-        texts = self._texts
-        return [bytes(texts[start:stop]) for start, stop in zip(starts, stops, strict=True)]
+        return [os.pread(self._texts, stop - start, start) for start, stop in zip(starts, stops, strict=True)]
 
 
 def _mapped(path: Path, kind: type) -> np.ndarray:

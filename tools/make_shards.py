@@ -17,7 +17,6 @@ from shards.convert import Conversion, convert
 from shards.record import VECTOR_DTYPES, DataError
 from shards.workplace import Part
 from shards.writer import MANIFEST, REJECTED, Options
-from tools.plot_shards import closing_table, draw_plots
 from tools.progress import Bars
 
 
@@ -72,6 +71,8 @@ def explain(error: DataError | OSError) -> str:
 
 def tell(console: Console, out: Path, done: Conversion, part: Part) -> None:
     """What was made, and where it lies."""
+    from tools.plot_shards import closing_table, draw_plots  # matplotlib; each process of --jobs imports this file
+
     manifest = done.manifest
     if manifest is None:
         console.print(f"part {part} is done; {done.missing} blocks of other parts are missing: the last part completes")

@@ -207,8 +207,8 @@ def plan_rows(bench: Bench) -> Iterator[Row]:
         "theirs": None,
         "value": round((large["bytes"] - small["bytes"]) / lots, 4),
         "unit": "bytes/sample",
-        "bar": "<= 0.2",
-        "ok": (large["bytes"] - small["bytes"]) / lots <= 0.2,
+        "bar": "<= 0.1",
+        "ok": (large["bytes"] - small["bytes"]) / lots <= 0.1,
     }
 
 
