@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from shards.blocks import TRAIN, UNUSABLE, Block, Sources, Work, build_block, kind_of, scan
 from shards.crew import Crew
@@ -121,7 +122,7 @@ def convert(
 
 
 def _hash_inputs(files: Sequence[Path], crew: Crew, report: Report) -> list[dict[str, Any]]:
-    """Name, bytes and SHA-256 of each raw file."""
+    """Name, bytes and 128-bit XXH3 of each raw file, which tells whether it is the same in a tenth of the time."""
     found: dict[int, dict[str, Any]] = {}
     total, done = sum(path.stat().st_size for path in files), 0
     for number, told in crew.run(_hash_file, [(path,) for path in files]):
@@ -133,8 +134,8 @@ def _hash_inputs(files: Sequence[Path], crew: Crew, report: Report) -> list[dict
 
 def _hash_file(path: Path) -> dict[str, Any]:
     with path.open("rb", buffering=0) as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+        digest = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+    return {"file": path.name, "bytes": path.stat().st_size, "xxh3_128": digest}
 
 
 def _fingerprint(inputs: list[dict[str, Any]], options: Options, generated: bool) -> str:
