@@ -25,6 +25,7 @@ from shards.tokenizer import TextTokenizer
 from shards.writer import SPLITS, Labels, Options, ShardWriter
 
 BATCH = 1024
+FLOAT16_MOST = 65504.0
 ID_RANGE = 2.0**64
 UNUSABLE, TRAIN, VALIDATION = range(3)
 
@@ -132,8 +133,9 @@ def rounding_error(raw: np.ndarray, vectors: np.ndarray, faults: Collection[int]
         usable = np.setdiff1d(np.arange(len(raw)), list(faults))
         raw, vectors = raw[usable], vectors[usable]
     if known >= 2.0**-25:
-        large = np.abs(raw) >= 2.0 ** (math.floor(math.log2(known)) + 12)
-        raw, vectors = raw[large], vectors[large]
+        least = np.float16(min(2.0 ** (math.floor(math.log2(known)) + 12), FLOAT16_MOST)).view(np.uint16)
+        large = np.flatnonzero(vectors.reshape(-1).view(np.uint16) << 1 >= least << 1)  # the sign shifted out
+        raw, vectors = raw.reshape(-1)[large], vectors.reshape(-1)[large]
     return float(np.abs(raw - vectors.astype(np.float32)).max(initial=known))
 
 

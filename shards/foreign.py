@@ -9,12 +9,12 @@ import io
 import re
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from isal import isal_zlib
 
 from shards.index import (
     ENCODED_VECTOR,
@@ -130,7 +130,7 @@ def _note(archive: tarfile.TarFile, tar: Path, key: str, group: dict[str, tarfil
     member, kind = group[extension], TEXT_KINDS[extension]
     data = _payload(archive, member)
     text = parse_text(data, kind, f"{tar.name}: {member.name}")
-    crc, image, place = zlib.crc32(data), 0, (-1, 0, NO_VECTOR)
+    crc, image, place = isal_zlib.crc32(data), 0, (-1, 0, NO_VECTOR)
     text_place = (member.offset_data, len(data), kind)
     vectors = [group[name] for name in VECTOR_EXTENSIONS if name in group]
     if vectors:
@@ -138,7 +138,7 @@ def _note(archive: tarfile.TarFile, tar: Path, key: str, group: dict[str, tarfil
         data = _payload(archive, member)
         image = image_id(decode_vector(data, f"{tar.name}: {member.name}"))
         start, size, stored = _locate_vector(data)
-        crc = zlib.crc32(data[start : start + size], crc)
+        crc = isal_zlib.crc32(data[start : start + size], crc)
         place = (member.offset_data + start, size, stored)
     found.keys.append(key.encode("utf-8", "replace"))
     found.texts.append(text)

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from isal import isal_zlib
 
 from shards.npy import read_array, read_header
 from shards.record import TEXT_FIELDS, VECTOR_SIZE, DataError
@@ -310,9 +311,9 @@ class ShardReader:
         bad = []
         rows = zip(*(self.columns[name][here].tolist() for name in names), strict=True)
         for sample, (text, text_size, vector, vector_size, expected) in enumerate(rows, here.start):
-            crc = zlib.crc32(read(text, text_size))
+            crc = isal_zlib.crc32(read(text, text_size))
             if vector_size:
-                crc = zlib.crc32(read(vector, vector_size), crc)
+                crc = isal_zlib.crc32(read(vector, vector_size), crc)
             if crc != expected:
                 bad.append(sample)
         return bad

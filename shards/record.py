@@ -94,14 +94,15 @@ def tar_headers(names: Sequence[bytes], sizes: np.ndarray) -> np.ndarray:
     headers = np.tile(_HEADER, (len(names), 1))
     headers[:, :100] = np.array(names, dtype="S100").view(np.uint8).reshape(-1, 100)
     headers[:, 124:135] = _octal(sizes, 11)
-    sums = headers.sum(axis=1, dtype=np.int64) + 8 * ord(" ")  # the checksum's own field counts as blanks
+    sums = _HEADER[135:].sum(dtype=np.int64) + headers[:, :135].sum(axis=1, dtype=np.int64)
     headers[:, 148:154] = _octal(sums, 6)
-    headers[:, 155] = ord(" ")
+    headers[:, 154:156] = 0, ord(" ")
     return headers
 
 
 _HEADER = np.zeros(BLOCK_BYTES, np.uint8)
-for _at, _text in ((100, b"0000644"), (108, b"0000000"), (116, b"0000000"), (136, b"0" * 11), (156, b"0")):
+_FIELDS = {100: b"0000644", 108: b"0000000", 116: b"0000000", 136: b"0" * 11, 148: b" " * 8, 156: b"0"}
+for _at, _text in _FIELDS.items():
     _HEADER[_at : _at + len(_text)] = np.frombuffer(_text, np.uint8)
 _HEADER[257:265] = np.frombuffer(b"ustar\x0000", np.uint8)
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 
 from shards.index import NO_VECTOR, PLAIN_TEXT, RAW_DTYPES, Counted, IndexBuilder, Members, index_path
 from shards.record import BLOCK_BYTES, VECTOR_DTYPES, VECTOR_SIZE, DataError, Samples, tar_members
@@ -101,11 +101,11 @@ class ShardWriter:
         data, text_at, vector_at = tar_members(samples)
         size = len(samples.texts)
         kind, vector_bytes = NO_VECTOR, 0
-        crcs = map(zlib.crc32, samples.texts)
+        crcs = map(isal_zlib.crc32, samples.texts)
         if samples.vectors is not None:
             kind = next(kind for kind, dtype in RAW_DTYPES.items() if dtype == samples.vectors.dtype)
             vector_bytes = samples.vectors.dtype.itemsize * VECTOR_SIZE
-            crcs = map(zlib.crc32, samples.vectors, crcs)
+            crcs = map(isal_zlib.crc32, samples.vectors, crcs)
         columns = {
             "text_offset": self._bytes + text_at,
             "text_size": np.fromiter(map(len, samples.texts), np.int64, size),
