@@ -285,7 +285,7 @@ def _records(blocks: Iterable[tuple[Sources, Division, int]]) -> int:
 
 def _flush(block: Block, folder: Path, file: Path) -> None:
     for entry in block.shards:
-        sync(folder / entry["file"])
+        sync(folder / entry["file"], forget=True)
         sync(folder / entry["index"]["file"])
     unnamed = file.with_suffix(".part")
     unnamed.write_text(block.to_json())

@@ -126,11 +126,16 @@ def _clear(place: Workplace) -> None:
             leftover.unlink()
 
 
-def sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
+def sync(path: Path, *, forget: bool = False) -> None:
+    """Have the disk hold a file, or the names in a folder.
+
+    forget: memory need not hold it too, so that it goes on to hold what is still to be read.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if forget and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 
