@@ -68,7 +68,7 @@ class BucketStream(Stream):
 
     def __init__(self, name: str, corpus: Corpus, shape: Shape) -> None:
         super().__init__(name, corpus, shape)
-        rows = self._rows_of_lengths()
+        rows = self.rows_of_lengths()
         total = np.bincount(rows[:, 1], rows[:, 2], minlength=shape.row_tokens + 1).astype(np.int64)
         filled = shape.global_batch * self._windows  # a batch of each bucket in every window
         self._bucket_of = length_buckets(total, max(shape.global_batch, min(filled, int(total.sum()) // MANY_BUCKETS)))
@@ -106,7 +106,8 @@ class BucketStream(Stream):
         longest = int(self._longest[bucket]) if bucket < self._buckets else self._longest_left(nth)
         offsets = np.concatenate([_NONE, *held])
         rows = columns[0] if len(columns) == 1 else [np.concatenate(c) for c in zip(*columns, strict=True)] or [_NO] * 4
-        return RowPlan(self.modality, self.name, False, longest, offsets, *rows)
+        shards, samples, starts, lengths = rows
+        return RowPlan(self.modality, self.name, False, longest, offsets, shards, samples, starts, lengths)
 
     def words_before(self, key: EpochKey, number: int) -> int:
         epoch = self._epoch(key)
@@ -134,16 +135,6 @@ class BucketStream(Stream):
 
     def window_of(self, key: EpochKey, number: int, partition: int) -> int:
         return self._window_at(self._epoch(key), number)
-
-    def _rows_of_lengths(self) -> np.ndarray:
-        """int64 [_, 3]: (shard, row length, rows), from the counts of tokens alone."""
-        counts = self._corpus.counts[np.isin(self._corpus.counts[:, 0], self._entries)]
-        shard = self._corpus.shard[counts[:, 0]]
-        whole, rest = np.divmod(counts[:, 1] + 1, self._shape.row_tokens)
-        long = whole > 0
-        width = np.full(int(long.sum()), self._shape.row_tokens)
-        cut = np.stack([shard[long], width, (whole * counts[:, 2])[long]], axis=1)
-        return np.concatenate([cut, np.stack([shard, rest, counts[:, 2]], axis=1)[rest > 0]])
 
     def _epoch(self, key: EpochKey) -> _BucketEpoch:
         held = self._epochs.get(key)

@@ -81,7 +81,7 @@ def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.nd
     per_row = plan.row_offsets[1:] - plan.row_offsets[:-1]
     most = int(per_row.max())
     row, segment, column = _places(plan, per_row, most)
-    slots = max(1, most) if pairs else 1
+    slots = plan.slots
     got = _gather(find, plan)
     begins, lengths, ends = plan.starts == 0, plan.lengths, np.ones(len(row), np.bool_)
     ends[got.unended] = False
@@ -97,7 +97,7 @@ def build_rows(find: Callable[[int], OpenShard], plan: RowPlan, positions: np.nd
         words=np.zeros(size, np.int64),
         rows=positions,
         valid=np.zeros(size, np.bool_),
-        packed=most > 1,
+        packed=slots > 1 or most > 1,
         slots=slots,
         modality=plan.modality,
     )

@@ -124,6 +124,16 @@ class Stream(ABC):
     def _rng(self, key: EpochKey, *tags: int) -> np.random.Generator:
         return np.random.default_rng([key.seed, key.phase, zlib.crc32(self.name.encode()), key.epoch, *tags])
 
+    def rows_of_lengths(self) -> np.ndarray:
+        """int64 [_, 3]: (shard, length, how many) of the records cut into rows, from the counts of tokens alone."""
+        counts = self._corpus.counts[np.isin(self._corpus.counts[:, 0], self._entries)]
+        shard = self._corpus.shard[counts[:, 0]]
+        whole, rest = np.divmod(counts[:, 1] + 1, self._shape.row_tokens)
+        long = whole > 0
+        width = np.full(int(long.sum()), self._shape.row_tokens)
+        cut = np.stack([shard[long], width, (whole * counts[:, 2])[long]], axis=1)
+        return np.concatenate([cut, np.stack([shard, rest, counts[:, 2]], axis=1)[rest > 0]])
+
     def _by_shard(self, values: np.ndarray) -> np.ndarray:
         """int64 [highest shard + 1]: a per-entry count summed over the stream's entries of each shard."""
         size = int(self._corpus.shard.max()) + 1
