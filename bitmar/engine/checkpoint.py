@@ -37,7 +37,7 @@ from bitmar.model.memory import MemoryState
 FORMAT = 1
 FILE_BYTES = 512 * 2**20  # a parameter file is closed when it holds this much
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ORDER_KEYS = ("row_tokens", "window_shards", "partitions")  # of data: what the order follows from
+ORDER_KEYS = ("row_tokens", "window_shards", "partitions", "pack_captions")  # of data: what the order follows from
 
 
 class CheckpointError(ValueError):

@@ -1,6 +1,7 @@
 """Attention: rotary positions, causal self-attention, cross-attention, with a sub-norm before the output.
 
-Shapes: B rows, T text positions, S source positions, D width, H heads, E = D / H.
+Shapes: B rows, T text positions, N captions, L positions of the longest, S source positions, D width, H heads,
+E = D / H. Rows of packed captions are taken apart for attention, so that each caption is a row of its own there.
 Sub-norm and missing biases as in BitNet b1.58 2B4T (2025), section 3.
 """
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from bitmar.batch import Packing
 from bitmar.model.quantize import BitLinear, RMSNorm
 
 
@@ -23,25 +25,33 @@ class Positions:
     cos: Float[Tensor, "R 1 T E"]  # R = B, or 1 where all rows count from 0
     sin: Float[Tensor, "R 1 T E"]
     mask: Bool[Tensor, "B 1 T T"] | None  # None: plain causal
+    packing: Packing | None = None  # angles are those of a caption's positions
 
 
 def text_positions(
-    positions: Int[Tensor, "B T"], segments: Int[Tensor, "B T"], packed: bool, head_width: int, base: float
+    positions: Int[Tensor, "B T"],
+    segments: Int[Tensor, "B T"],
+    packed: bool,
+    head_width: int,
+    base: float,
+    packing: Packing | None = None,
 ) -> Positions:
-    """Angles from `positions`; on packed rows a causal mask that keeps each record to itself.
+    """Angles from `positions`; on packed rows of text a causal mask that keeps each record to itself.
 
-    Padding needs no mask: it stands behind the tokens, where causal attention never looks.
+    Padding needs no mask: it stands behind the tokens, where causal attention never looks. Packed captions need none
+    either, as they are taken apart.
     """
-    rows = positions if packed else torch.arange(positions.shape[1], device=positions.device)[None]
+    length = positions.shape[1] if packing is None else packing.inside.shape[1]
+    packed = packed and packing is None
+    rows = positions if packed else torch.arange(length, device=positions.device)[None]
     frequency = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
     angle = rows[:, None, :, None].float() * frequency
     angle = torch.cat([angle, angle], dim=-1)
     mask = None
     if packed:
-        length = positions.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
         mask = ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]
-    return Positions(angle.cos(), angle.sin(), mask)
+    return Positions(angle.cos(), angle.sin(), mask, packing)
 
 
 def rotate(x: Float[Tensor, "B H T E"], positions: Positions) -> Float[Tensor, "B H T E"]:
@@ -66,17 +76,20 @@ class SelfAttention(nn.Module):
         self.output = BitLinear(width, width, quantized)
 
     def forward(self, x: Float[Tensor, "B T D"], positions: Positions | None) -> Float[Tensor, "B T D"]:
-        query, key, value = (_split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        packing = None if positions is None else positions.packing
+        qkv = self.qkv(x) if packing is None else packing.captions(self.qkv(x))
+        query, key, value = (_split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
         mask = None
         if positions is not None:
             query, key, mask = rotate(query, positions), rotate(key, positions), positions.mask
         causal = positions is not None and mask is None
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
-        return self.output(self.sub_norm(mixed.transpose(1, 2).flatten(2)))
+        joined = mixed.transpose(1, 2).flatten(2)
+        return self.output(self.sub_norm(joined if packing is None else packing.to_rows(joined)))
 
 
 class CrossAttention(nn.Module):
-    """Text positions attend to the tokens of their own row's image; no positions, no mask."""
+    """Text positions attend to the tokens of their own caption's image; no positions, no mask."""
 
     def __init__(self, width: int, heads: int, quantized: bool) -> None:
         super().__init__()
@@ -86,8 +99,12 @@ class CrossAttention(nn.Module):
         self.sub_norm = RMSNorm(width)
         self.output = BitLinear(width, width, quantized)
 
-    def forward(self, x: Float[Tensor, "B T D"], source: Float[Tensor, "B S D"]) -> Float[Tensor, "B T D"]:
-        query = _split_heads(self.query(x), self.heads)
+    def forward(
+        self, x: Float[Tensor, "B T D"], source: Float[Tensor, "N S D"], packing: Packing | None = None
+    ) -> Float[Tensor, "B T D"]:
+        query = self.query(x) if packing is None else packing.captions(self.query(x))
+        query = _split_heads(query, self.heads)
         key, value = (_split_heads(part, self.heads) for part in self.key_value(source).chunk(2, dim=-1))
         mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.output(self.sub_norm(mixed.transpose(1, 2).flatten(2)))
+        joined = mixed.transpose(1, 2).flatten(2)
+        return self.output(self.sub_norm(joined if packing is None else packing.to_rows(joined)))
