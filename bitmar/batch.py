@@ -1,7 +1,8 @@
 """Batch: what the model eats.
 
 Shapes: B rows, T text positions, V width of the image vector, N captions (of unpacked rows N = B: one a row, or none
-where the row is text), S slots a row, L positions of the longest caption, G groups, M captions of a group.
+where the row is text), S slots a row, X positions of the chunks that captions are taken apart into,
+G groups, M captions of a group.
 
 A row is one sequence: a caption with its image vector; or several captions, each with its own; or several text
 records laid end to end. `segments` tells the records of a row apart.
@@ -21,24 +22,31 @@ from torch import Tensor
 from shards.rows import IGNORED, PER_SLOT, Rows
 
 IGNORE = IGNORED  # the target of a position that is not trained
+CHUNKS = 4  # of captions by length; more have less padding but are more calls
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the captions of packed rows stand: moves values between rows [B T] and captions [N L].
+    """Where the captions of packed rows stand: takes rows [B T] apart into captions, and puts them together again.
 
     What works on one position alone runs on the rows, which have next to no padding; where positions of a caption
-    meet (attention, pooling, its image, its memory), they stand in captions, so that none can see another.
+    meet (attention, its image, its memory), each caption is a row of its own, so that none can see another. Taken
+    apart, captions stand by length in a few chunks, each [n L] as wide as its longest, so that these have little
+    padding too.
     """
 
     slots: int  # S
-    places: Int[Tensor, "N"]  # row * S + slot of each caption, rising
-    inside: Bool[Tensor, "N L"]  # positions that hold a token
-    in_rows: Int[Tensor, "NL"]  # where in the flat rows each position of a caption stands
-    in_captions: Int[Tensor, "BT"]  # where in the flat captions each position of a row stands
-    caption_pads: Int[Tensor, "_"]  # flat positions of captions that stand nowhere in the rows
-    row_pads: Int[Tensor, "_"]  # and the other way round
     rows: int  # B
+    chunks: tuple[tuple[int, int], ...]  # (n, L) of each
+    places: Int[Tensor, "N"]  # row * S + slot of each caption, rising
+    lengths: Int[Tensor, "N"]
+    order: Int[Tensor, "N"]  # the captions as they stand in the chunks
+    back: Int[Tensor, "N"]  # where in that order each caption is
+    inside: Bool[Tensor, "X"]  # positions of the chunks, one after the other, that hold a token
+    from_rows: Int[Tensor, "X"]  # where in the flat rows each position of the chunks stands
+    from_chunks: Int[Tensor, "BT"]  # where in the flat chunks each position of the rows stands
+    chunk_pads: Int[Tensor, "_"]  # flat positions of the chunks that stand nowhere in the rows
+    row_pads: Int[Tensor, "_"]  # and the other way round
 
     @classmethod
     def of(cls, segments: np.ndarray, slots: int, device: torch.device | str = "cpu") -> Packing:
@@ -46,28 +54,51 @@ class Packing:
         rows, width = segments.shape
         at = np.flatnonzero(segments)
         place = at // width * slots + segments.reshape(-1)[at] - 1
-        places, lengths = np.unique(place, return_counts=True)
+        places, begins, lengths = np.unique(place, return_index=True, return_counts=True)
         if not len(places):
-            places = lengths = np.zeros(1, np.int64)
-        longest = max(1, int(lengths.max()))
-        inside = np.arange(longest) < lengths[:, None]
-        in_captions = np.zeros(rows * width, np.int64)
-        in_rows = np.zeros(inside.size, np.int64)
-        in_captions[at] = np.flatnonzero(inside)
-        in_rows[in_captions[at]] = at
+            places, begins, lengths = (np.zeros(1, np.int64) for _ in range(3))
+        order = np.argsort(-lengths, kind="stable")
+        parts = np.array_split(order, min(CHUNKS, len(order)))
+        chunks = tuple((len(part), max(1, int(lengths[part[0]]))) for part in parts)
+        wide = np.repeat([width for _, width in chunks], [count for count, _ in chunks])  # of each caption's chunk
+        starts = np.cumsum(wide) - wide
+        caption = np.repeat(np.arange(len(order)), wide)
+        offset = np.arange(int(wide.sum())) - starts[caption]
+        inside = offset < lengths[order][caption]
+        from_rows, from_chunks = np.zeros(len(inside), np.int64), np.zeros(rows * width, np.int64)
+        if len(at):
+            from_rows[inside] = at[(begins[order][caption] + offset)[inside]]
+            from_chunks[from_rows[inside]] = np.flatnonzero(inside)
         pads = np.flatnonzero(~inside), np.flatnonzero(segments == 0)
-        arrays = (places.astype(np.int64), inside, in_rows, in_captions, *pads)
-        return cls(slots, *(torch.from_numpy(a).to(device, non_blocking=True) for a in arrays), rows=rows)
+        back = np.argsort(order)
+        arrays = (places, lengths, order, np.argsort(order), inside, from_rows, from_chunks, *pads)
+        on_device = [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
+        return cls(slots, rows, chunks, *on_device)
 
-    def captions(self, x: Shaped[Tensor, "B T *D"]) -> Shaped[Tensor, "N L *D"]:
-        """The values of each caption's positions, 0 past its end."""
-        moves = (self.in_rows, self.caption_pads, self.in_captions, self.row_pads)
-        return _Move.apply(x.flatten(0, 1), *moves).unflatten(0, tuple(self.inside.shape))  # type: ignore[union-attr]
+    def apart(self, x: Shaped[Tensor, "B T *D"]) -> Shaped[Tensor, "X *D"]:
+        """The values at the positions of the chunks, 0 past a caption's end."""
+        moves = (self.from_rows, self.chunk_pads, self.from_chunks, self.row_pads)
+        return _Move.apply(x.flatten(0, 1), *moves)  # type: ignore[return-value]
 
-    def to_rows(self, x: Shaped[Tensor, "N L *D"]) -> Shaped[Tensor, "B T *D"]:
-        """The values of each row's positions, 0 where padded."""
-        moves = (self.in_captions, self.row_pads, self.in_rows, self.caption_pads)
-        return _Move.apply(x.flatten(0, 1), *moves).unflatten(0, (self.rows, -1))  # type: ignore[union-attr]
+    def together(self, x: Shaped[Tensor, "X *D"]) -> Shaped[Tensor, "B T *D"]:
+        """The values at the positions of the rows, 0 where padded."""
+        moves = (self.from_chunks, self.row_pads, self.from_rows, self.chunk_pads)
+        return _Move.apply(x, *moves).unflatten(0, (self.rows, -1))  # type: ignore[union-attr]
+
+    def split(self, x: Shaped[Tensor, "X *D"]) -> list[Tensor]:
+        """The chunks [n L *D] of what `apart` gave."""
+        return [
+            part.unflatten(0, size)
+            for part, size in zip(x.split([n * w for n, w in self.chunks]), self.chunks, strict=True)
+        ]
+
+    def split_captions(self, x: Shaped[Tensor, "N *D"]) -> list[Tensor]:
+        """[n *D] for each chunk."""
+        return list(x[self.order].split([n for n, _ in self.chunks]))
+
+    def total(self, x: Shaped[Tensor, "B T *D"]) -> Shaped[Tensor, "N *D"]:
+        """The sum over each caption's positions."""
+        return torch.cat([part.sum(1) for part in self.split(self.apart(x))])[self.back]
 
     def by_slot(self, x: Shaped[Tensor, "N *D"]) -> Shaped[Tensor, "BS *D"]:
         """A value for each slot of each row, 0 where it holds no caption."""

@@ -44,10 +44,10 @@ def compute_losses(outputs: Outputs, batch: Batch, world: World, config: ModelCo
     if "recall" in wanted:
         sums["recall"] = recall_loss(outputs, batch, config.recall_group)
     with torch.no_grad():
-        loss, trained = token_loss, batch.targets != IGNORE
-        if batch.packing is not None:
-            loss, trained = batch.packing.captions(loss), batch.packing.captions(trained)
-        mean = loss.sum(1) / trained.sum(1).clamp(min=1)
+        if batch.packing is None:
+            mean = token_loss.sum(1) / (batch.targets != IGNORE).sum(1).clamp(min=1)
+        else:
+            mean = batch.packing.total(token_loss) / batch.packing.lengths.clamp(min=1)
         surprise = mean.masked_fill(~batch.pair_mask, float("-inf"))
     return Losses(sums, surprise)
 

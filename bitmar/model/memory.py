@@ -132,6 +132,21 @@ def read(
     return weights @ state.values, weights
 
 
+def read_packed(
+    state: MemoryState,
+    query: Float[Tensor, "B T C"],
+    reader_ids: Int[Tensor, "N"],
+    sharpness: Float[Tensor, "1"] | float,
+    addressing: Addressing,
+    packing: Packing,
+) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "X K"]]:
+    """`read` for each caption of packed rows; the weights stand as Packing takes positions apart."""
+    chunks = zip(packing.split(packing.apart(query)), packing.split_captions(reader_ids), strict=True)
+    found = [read(state, asked, ids, sharpness, addressing) for asked, ids in chunks]
+    values, weights = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*found, strict=True))
+    return packing.together(values), weights
+
+
 def write(
     state: MemoryState,
     keys: Float[Tensor, "N C"],
@@ -278,19 +293,22 @@ class MemoryReader(nn.Module):
     ) -> Reading:
         sharpness = 1.0 if self.log_sharpness is None else self.log_sharpness.float().exp()
         query = self.query(self.query_norm(x))
-        if packing is not None:
-            query, mask = packing.captions(query), packing.inside
         cues = None
         if recall is not None:
             cues = self.query(self.query_norm(torch.stack([recall.image_cue, recall.text_cue], dim=1)))
         recalled = None
         with torch.autocast(x.device.type, enabled=False):  # addressing in bf16 is no addressing
-            value, weights = read(state, query.float(), reader_ids, sharpness, self.config.memory_addressing)
+            addressing = self.config.memory_addressing
+            if packing is None:
+                value, weights = read(state, query.float(), reader_ids, sharpness, addressing)
+                counted = mask
+            else:
+                value, weights = read_packed(state, query.float(), reader_ids, sharpness, addressing, packing)
+                counted = packing.inside
             if recall is not None and cues is not None:
                 recalled = read_copies(state, recall, cues.float(), sharpness, self.config)
-        read_mass = (weights.detach().abs() * mask[..., None]).sum((0, 1), dtype=torch.float64)
+        read_mass = (weights.detach().abs() * counted[..., None]).flatten(0, -2).sum(0, dtype=torch.float64)
         gate = torch.tanh(self.gate)
-        value = value if packing is None else packing.to_rows(value)
         x = x + gate * self.output(self.output_norm(value.to(x.dtype)))
         return x, read_mass, gate.detach(), recalled
 

@@ -28,7 +28,9 @@ def masked_mean(x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> Float[T
 
 def pooled(x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"], packing: Packing | None) -> Float[Tensor, "N D"]:
     """The mean of each caption's (or row's) positions."""
-    return masked_mean(x, mask) if packing is None else masked_mean(packing.captions(x), packing.inside)
+    if packing is None:
+        return masked_mean(x, mask)
+    return packing.total(x) / packing.lengths.clamp(min=1)[:, None]
 
 
 class TokenEmbedding(nn.Module):

@@ -148,8 +148,9 @@ def test_a_reader_never_receives_its_own_images_episode() -> None:
     image = next(i for i in batch.image_ids.tolist() if i in memory.image_ids.tolist())
     hidden = memory.image_ids == image
     changed = dataclasses.replace(memory, values=memory.values + 10.0 * hidden[:, None])
-    before, after = (batch.packing.captions(model(batch, m).logits) for m in (memory, changed))  # type: ignore[union-attr]
-    own = batch.image_ids == image
+    before, after = (model(batch, m).logits[batch.segments > 0] for m in (memory, changed))
+    assert batch.packing is not None
+    own = (batch.image_ids == image).repeat_interleave(batch.packing.lengths)
     assert torch.equal(before[own], after[own])
     assert not torch.equal(before[~own], after[~own])
 
@@ -196,7 +197,7 @@ def test_ranks_offer_equally_many_episodes() -> None:
     st.integers(0, 3),
 )
 def test_packing_moves_each_position_there_and_back(rows: list[list[int]], pad: int, more: int) -> None:
-    """Any layout: captions() gives each caption's positions in order and 0 past its end, to_rows() undoes it."""
+    """Any layout: apart() gives each caption's positions in order and 0 past its end, together() undoes it."""
     width = max(1, max(sum(row) for row in rows) + pad)
     slots = max(1, max(len(row) for row in rows) + more)
     segments = torch.zeros(len(rows), width, dtype=torch.int32)
@@ -204,19 +205,24 @@ def test_packing_moves_each_position_there_and_back(rows: list[list[int]], pad: 
         ends = torch.tensor([0, *row]).cumsum(0).tolist()
         for slot, (begin, end) in enumerate(pairwise(ends)):
             segments[i, begin:end] = slot + 1
-    packing = Packing.of(segments.numpy(), slots)
+    packing, real = Packing.of(segments.numpy(), slots), segments > 0
+    lengths = [length for row in rows for length in row]
+    assert packing.lengths.tolist() == (lengths or [0])
+    places = [i * slots + slot for i, row in enumerate(rows) for slot in range(len(row))]
+    assert packing.places.tolist() == (places or [0])
     x = torch.randn(len(rows), width, 3, requires_grad=True)
-    taken = packing.captions(x)
-    lengths = [length for row in rows for length in row] or [0]
-    assert packing.inside.sum(1).tolist() == lengths
-    real = segments > 0
-    assert torch.equal(taken[packing.inside], x[real])
-    assert not taken[~packing.inside].any()
-    back = packing.to_rows(taken)
-    assert torch.equal(back, x * real[..., None])
-    (packing.captions(x) * (1 + torch.rand_like(taken))).sum().backward()
+    apart = packing.apart(x)
+    assert not apart[~packing.inside].any()
+    assert torch.equal(packing.together(apart), x * real[..., None])
+    standing = torch.cat([chunk.flatten(0, 0) for chunk in packing.split_captions(torch.arange(len(packing.places)))])
+    of_tokens = list(x[real].split(lengths))
+    for n, taken in zip(standing.tolist(), (c for chunk in packing.split(apart) for c in chunk), strict=True):
+        length = int(packing.lengths[n])
+        assert not taken[length:].any()
+        assert length == 0 or torch.equal(taken[:length], of_tokens[n])
+    expected = torch.stack([part.sum(0) for part in of_tokens]) if lengths else torch.zeros(1, 3)
+    torch.testing.assert_close(packing.total(x), expected)
+    (apart * (1 + torch.rand_like(apart))).sum().backward()
     assert x.grad is not None
     assert not x.grad[~real].any()
     assert (x.grad[real] >= 1).all()
-    places = [i * slots + slot for i, row in enumerate(rows) for slot in range(len(row))]
-    assert packing.places.tolist() == (places or [0])
