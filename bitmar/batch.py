@@ -70,7 +70,6 @@ class Packing:
             from_rows[inside] = at[(begins[order][caption] + offset)[inside]]
             from_chunks[from_rows[inside]] = np.flatnonzero(inside)
         pads = np.flatnonzero(~inside), np.flatnonzero(segments == 0)
-        back = np.argsort(order)
         arrays = (places, lengths, order, np.argsort(order), inside, from_rows, from_chunks, *pads)
         on_device = [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
         return cls(slots, rows, chunks, *on_device)
