@@ -22,7 +22,7 @@ from torch import Tensor
 from shards.rows import IGNORED, PER_SLOT, Rows
 
 IGNORE = IGNORED  # the target of a position that is not trained
-CHUNKS = 4  # of captions by length; more have less padding but are more calls
+CHUNKS = 8  # of captions by length; more have less padding but are more calls
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Packing:
 
     What works on one position alone runs on the rows, which have next to no padding; where positions of a caption
     meet (attention, its image, its memory), each caption is a row of its own, so that none can see another. Taken
-    apart, captions stand by length in a few chunks, each [n L] as wide as its longest, so that these have little
+    apart, captions stand by length in up to CHUNKS chunks, each [n L] as wide as its longest, so that these have little
     padding too.
     """
 
