@@ -40,12 +40,13 @@ def scenario(world: World, folder: str, shards: str) -> dict[str, Any]:
     base = Path(folder) / str(world.size)
     recipes = base / f"recipes{world.rank}"
 
-    def start(name: str, *overrides: str) -> None:
-        train(tiny_config(recipes, Path(shards), base / "runs", name, *PACKED, *overrides), world)
+    def start(name: str, *overrides: str, stage: int = 1) -> None:
+        train(tiny_config(recipes, Path(shards), base / "runs", name, *PACKED, *overrides, stage=stage), world)
 
     start("small", *EXACT)
     start("spanning", *EXACT, SPANNING, f"training.micro_batch={8 // world.size}")
     if world.size == 2:
+        start("taken_apart", *EXACT, stage=3)
         start("straight")
         start("resumed", f"training.max_steps={STOP}")
         start("resumed")
@@ -103,10 +104,12 @@ def test_a_contrastive_block_may_lie_on_two_ranks(found: dict[int, tuple[Path, d
         torch.testing.assert_close(two[name], part, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("name", ["small", "spanning"])
-def test_one_rank_is_two_ranks(runs: dict[int, Path], name: str) -> None:
-    """Four micro-batches on one rank, two on each of two; or blocks of one rank and of two. Rounding is off."""
-    one, two = (trained(runs[size] / name) for size in (1, 2))
+@pytest.mark.parametrize(
+    ("alone", "together"), [("small", "small"), ("spanning", "spanning"), ("small", "taken_apart")]
+)
+def test_one_rank_is_two_ranks(runs: dict[int, Path], alone: str, together: str) -> None:
+    """Four micro-batches on one rank, two on each of two; blocks of one rank and of two; ZeRO-3. Rounding is off."""
+    one, two = trained(runs[1] / alone), trained(runs[2] / together)
     assert len(one) == len(two) == sum(STEPS.values())
     for mine, other in zip(one, two, strict=True):
         assert mine.keys() == other.keys()
@@ -115,7 +118,7 @@ def test_one_rank_is_two_ranks(runs: dict[int, Path], name: str) -> None:
             assert mine[metric] == pytest.approx(other[metric], rel=bound), (metric, mine["Training/Step"])
         assert mine["Training/Words"] == other["Training/Words"]
     assert set().union(*one) >= COMPARED
-    memory = [checkpoint_tensors(newest(runs[size] / name)) for size in (1, 2)]
+    memory = [checkpoint_tensors(newest(path)) for path in (runs[1] / alone, runs[2] / together)]
     for part in ("age", "image_ids", "written"):
         assert torch.equal(memory[0][f"memory.{part}"], memory[1][f"memory.{part}"]), part
     assert memory[0]["memory.written"].any()
