@@ -133,6 +133,7 @@ def open_loader(config: Config, shards: ShardSet, progress: Progress, world: Wor
             world=world.size,
             state=LoaderState(progress.phase, progress.position),
             prefetch=config.data.prefetch_steps,
+            pack_captions=config.data.pack_captions,
             node_ranks=world.local_size,
         )
     except DataError:

@@ -63,6 +63,7 @@ class DataConfig:
     words_limit: int = 100_000_000  # BabyLM: words the training split may hold
     prefetch_steps: int = 2
     window_shards: int = 16  # samples are shuffled within windows of so many shards
+    pack_captions: bool = False  # several captions a row, each with its image; False: one a row, in length buckets
     partitions: int = 1  # canonical parts of the shards, so that a node reads only its own
     damage_ceiling: float = 1.0e-4  # damaged samples (checksum fails) above this share end the run
     cache_directory: str | None = None  # where shards of a URL are kept; None: the user's cache folder

@@ -1,6 +1,7 @@
 """Losses: each a sum and a count; the division happens once, by counts summed over all ranks.
 
-Shapes: B rows, T positions, V vocabulary, Z latent width, C episode width, G groups, M rows of a group.
+Shapes: B rows, T positions, N captions (rows, where not packed), V vocabulary, Z latent width, C episode width,
+G groups, M captions of a group.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bitmar.batch import IGNORE, Batch
+from bitmar.batch import IGNORE, Batch, by_group
 from bitmar.config import ModelConfig
 from bitmar.engine.world import World
 from bitmar.model.bitmar import Outputs
@@ -25,11 +26,11 @@ class Losses:
     """Sums over this rank's rows; `counts` of the same names come from `loss_counts`."""
 
     sums: dict[str, Float[Tensor, ""]]
-    surprise: Float[Tensor, "B"]  # mean token loss of a row with an image, -inf without
+    surprise: Float[Tensor, "N"]  # mean token loss of a caption, -inf of rows without an image
 
 
 def loss_counts(batch: Batch) -> dict[str, Int[Tensor, ""]]:
-    """What each loss is divided by: trained tokens, and rows with an image. Needs no forward pass."""
+    """What each loss is divided by: trained tokens, and captions with an image. Needs no forward pass."""
     pairs = batch.pair_mask.sum()
     return {"lm": (batch.targets != IGNORE).sum(), "contrastive": pairs, "recall": pairs}
 
@@ -43,8 +44,10 @@ def compute_losses(outputs: Outputs, batch: Batch, world: World, config: ModelCo
     if "recall" in wanted:
         sums["recall"] = recall_loss(outputs, batch, config.recall_group)
     with torch.no_grad():
-        trained = batch.targets != IGNORE
-        mean = token_loss.sum(1) / trained.sum(1).clamp(min=1)
+        if batch.packing is None:
+            mean = token_loss.sum(1) / (batch.targets != IGNORE).sum(1).clamp(min=1)
+        else:
+            mean = batch.packing.total(token_loss) / batch.packing.lengths.clamp(min=1)
         surprise = mean.masked_fill(~batch.pair_mask, float("-inf"))
     return Losses(sums, surprise)
 
@@ -56,52 +59,63 @@ def token_losses(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) ->
 
 
 def contrastive_loss(outputs: Outputs, batch: Batch, world: World, group: int) -> Float[Tensor, ""]:
-    """InfoNCE in both directions (Radford et al. 2021, section 2.3) inside groups of consecutive global rows.
+    """InfoNCE in both directions (Radford et al. 2021, section 2.3) inside groups of consecutive captions.
 
-    A group may span ranks: each rank then computes the whole group, its own rows with gradient, the others'
-    as constants, so that the sum over ranks is the gradient of one process. The value is that of this rank's
-    rows. Rows of one image are never each other's negatives; a row alone in its group has loss 0.
+    `group` consecutive global rows are a block; its captions, in order, are cut into groups of `group` (of unpacked
+    rows a block is one group). A block may span ranks: each rank then computes the whole block, its own captions with
+    gradient, the others' as constants, so that the sum over ranks is the gradient of one process. The value is that
+    of this rank's captions. Captions of one image are never each other's negatives; one alone in its group has loss 0.
     """
     text = F.normalize(outputs.text_latent.float(), dim=-1)
     image = F.normalize(outputs.vision_latent.float(), dim=-1)
-    counted, ids = batch.pair_mask, batch.image_ids
-    mine = torch.ones_like(counted)
+    counted, ids, block = batch.pair_mask, batch.image_ids, group
+    if batch.packing is not None:
+        text, image, counted, ids = (batch.packing.by_slot(x) for x in (text, image, counted, ids))
+        block = group * batch.packing.slots
+    mine, local = torch.ones_like(counted), len(ids)
     log_temperature = outputs.log_temperature.float()
-    if len(ids) % group:  # the group spans ranks: rank r holds rows r B to (r + 1) B of the joint micro-batch
-        sharing = group // len(ids)
+    if local % block:  # the block spans ranks: rank r holds slots r * local to (r + 1) * local of the joint micro-batch
+        sharing = block // local
         text, image = _with_others(text, world), _with_others(image, world)
         counted, ids = world.gather(counted).flatten(), world.gather(ids).flatten()
         mine = torch.zeros_like(counted)
-        mine[world.rank * len(batch.rows) : (world.rank + 1) * len(batch.rows)] = True
-        # every rank computes the groups it takes part in: share the temperature's gradient among them
+        mine[world.rank * local : (world.rank + 1) * local] = True
+        # every rank computes the blocks it takes part in: share the temperature's gradient among them
         log_temperature = log_temperature.detach() + (log_temperature - log_temperature.detach()) / sharing
-    rows = _group_losses(text, image, ids, counted, log_temperature, group)
-    own = (rows * mine).sum()
-    takes_part = mine.view(-1, group).any(1).repeat_interleave(group)
-    whole = (rows * takes_part).sum()
+    losses = _block_losses(text, image, ids, counted, log_temperature, (block, group))
+    own = (losses * mine).sum()
+    takes_part = mine.view(-1, block).any(1).repeat_interleave(block)
+    whole = (losses * takes_part).sum()
     return whole + (own - whole).detach()
 
 
-def _with_others(local: Float[Tensor, "B Z"], world: World) -> Float[Tensor, "N Z"]:
+def _with_others(local: Float[Tensor, "X Z"], world: World) -> Float[Tensor, "Y Z"]:
     parts = list(world.gather(local.detach()))
     parts[world.rank] = local
     return torch.cat(parts)
 
 
-def _group_losses(
-    text: Float[Tensor, "N Z"],
-    image: Float[Tensor, "N Z"],
-    ids: Int[Tensor, "N"],
-    counted: Bool[Tensor, "N"],
+def _block_losses(
+    text: Float[Tensor, "X Z"],
+    image: Float[Tensor, "X Z"],
+    ids: Int[Tensor, "X"],
+    counted: Bool[Tensor, "X"],
     log_temperature: Float[Tensor, "1"],
-    group: int,
-) -> Float[Tensor, "N"]:
-    """Mean of the text-to-image and image-to-text losses of every row; 0 for rows that do not count."""
-    text, image = text.unflatten(0, (-1, group)), image.unflatten(0, (-1, group))
-    counted, ids = counted.view(-1, group), ids.view(-1, group)
+    sizes: tuple[int, int],
+) -> Float[Tensor, "X"]:
+    """Mean of the text-to-image and image-to-text losses of every caption; 0 for what does not count.
+
+    sizes: slots of a block, captions of a group.
+    """
+    block, group = sizes
+    text, image = text.unflatten(0, (-1, block)), image.unflatten(0, (-1, block))
+    counted, ids = counted.view(-1, block), ids.view(-1, block)
     logits = log_temperature.exp() * text @ image.mT
-    itself = torch.eye(group, dtype=torch.bool, device=ids.device)
+    itself = torch.eye(block, dtype=torch.bool, device=ids.device)
     compared = counted[:, :, None] & counted[:, None, :] & (ids[:, :, None] != ids[:, None, :])
+    if block > group:  # several captions a row
+        turn = (counted.cumsum(1) - 1) // group
+        compared &= turn[:, :, None] == turn[:, None, :]
     logits = logits.masked_fill(~(compared | itself), float("-inf"))
     own = torch.diagonal(logits, dim1=-2, dim2=-1)
     both = 0.5 * (logits.logsumexp(-1) + logits.logsumexp(-2)) - own
@@ -115,11 +129,12 @@ def recall_loss(outputs: Outputs, batch: Batch, group: int) -> Float[Tensor, ""]
     caption of the same image is no wrong answer.
     """
     assert outputs.recalled is not None, "the forward pass ran without recall"
-    counted, ids = batch.pair_mask.view(-1, group), batch.image_ids.view(-1, group)
-    recalled = F.normalize(outputs.recalled, dim=-1).unflatten(0, (-1, group))  # G M 2 C
-    episodes = F.normalize(outputs.episodes, dim=-1).unflatten(0, (-1, group))  # G M C
+    groups = batch.groups(group)
+    counted, ids = by_group(batch.pair_mask, groups) & (groups >= 0), by_group(batch.image_ids, groups)
+    recalled = by_group(F.normalize(outputs.recalled, dim=-1), groups)  # G M 2 C
+    episodes = by_group(F.normalize(outputs.episodes, dim=-1), groups)  # G M C
     logits = torch.einsum("gmqc,gnc->gmqn", recalled, episodes) / RECALL_TEMPERATURE
-    itself = torch.eye(group, dtype=torch.bool, device=ids.device)
+    itself = torch.eye(groups.shape[1], dtype=torch.bool, device=ids.device)
     compared = (counted[:, None, :] & (ids[:, :, None] != ids[:, None, :])) | itself
     logits = logits.masked_fill(~compared[:, :, None, :], float("-inf"))
     own = torch.diagonal(logits, dim1=1, dim2=3).movedim(-1, 1)  # G M 2

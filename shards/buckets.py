@@ -6,7 +6,6 @@ Symbols: G rows of a global batch, C partitions, W windows of a partition, K len
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,6 @@ from shards.corpus import Corpus, RowPlan, chunk_rows
 from shards.streams import BATCH_ORDER, HELD_EPOCHS, HELD_WINDOWS, WINDOW_ORDER, EpochKey, Held, Shape, Stream
 
 MANY_BUCKETS = 32  # buckets are cut about so fine where their batches span windows anyway
-COUNTS_AT_ONCE = 1 << 16  # so that memory does not grow with all of them
 _NONE = np.zeros(1, np.int64)
 _NO = np.zeros(0, np.int64)
 _Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # shards, samples, starts, lengths of rows
@@ -71,7 +69,7 @@ class BucketStream(Stream):
     def __init__(self, name: str, corpus: Corpus, shape: Shape) -> None:
         super().__init__(name, corpus, shape)
         total = np.zeros(shape.row_tokens + 1, np.int64)
-        for _, lengths, rows in self._rows_of_lengths():
+        for _, lengths, rows in self.rows_of_lengths():
             np.add.at(total, lengths, rows)
         filled = shape.global_batch * self._windows  # a batch of each bucket in every window
         self._bucket_of = length_buckets(total, max(shape.global_batch, min(filled, int(total.sum()) // MANY_BUCKETS)))
@@ -80,7 +78,7 @@ class BucketStream(Stream):
         self._longest = np.zeros(self._buckets, dtype=np.int64)
         np.maximum.at(self._longest, self._bucket_of[present], present)
         self._shard_rows = np.zeros((int(corpus.shard.max()) + 1, self._buckets), np.int32)
-        for shards, lengths, rows in self._rows_of_lengths():
+        for shards, lengths, rows in self.rows_of_lengths():
             np.add.at(self._shard_rows, (shards, self._bucket_of[lengths]), rows)
         held = np.array([self._shard_rows[part].sum(axis=0, dtype=np.int64) for part in self._parts])
         self._full = (held // shape.share).min(axis=0)
@@ -108,7 +106,8 @@ class BucketStream(Stream):
         longest = int(self._longest[bucket]) if bucket < self._buckets else self._longest_left(nth)
         offsets = np.concatenate([_NONE, *held])
         rows = columns[0] if len(columns) == 1 else [np.concatenate(c) for c in zip(*columns, strict=True)] or [_NO] * 4
-        return RowPlan(self.modality, self.name, False, longest, offsets, *rows)
+        shards, samples, starts, lengths = rows
+        return RowPlan(self.modality, self.name, False, longest, offsets, shards, samples, starts, lengths)
 
     def words_before(self, key: EpochKey, number: int) -> int:
         epoch = self._epoch(key)
@@ -136,21 +135,6 @@ class BucketStream(Stream):
 
     def window_of(self, key: EpochKey, number: int, partition: int) -> int:
         return self._window_at(self._epoch(key), number)
-
-    def _rows_of_lengths(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(shards, row lengths, rows) int [_] each, from the counts of tokens alone; a part at a time."""
-        wanted = np.zeros(len(self._corpus.source), np.bool_)
-        wanted[self._entries] = True
-        for low in range(0, len(self._corpus.counts), COUNTS_AT_ONCE):
-            counts = self._corpus.counts[low : low + COUNTS_AT_ONCE]
-            entry, tokens, samples = counts[wanted[counts[:, 0]]].T
-            whole, rest = np.divmod(tokens + 1, self._shape.row_tokens)
-            for lengths, rows in (
-                (np.full_like(rest, self._shape.row_tokens), whole * samples.astype(np.int64)),
-                (rest, samples),
-            ):
-                some = (lengths > 0) & (rows > 0)
-                yield self._corpus.shard[entry[some]], lengths[some], rows[some]
 
     def _epoch(self, key: EpochKey) -> _BucketEpoch:
         held = self._epochs.get(key)

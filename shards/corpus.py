@@ -84,7 +84,7 @@ class RowPlan:
 
     Each span int64 [S]: shards, samples (within the shard), starts (first position), lengths (positions).
     row_tokens is the longest row that the global batch may hold, so that shapes do not depend on the world.
-    packed: the rows are cut from records laid end to end, so that one may hold several.
+    packed: a row may hold several records. slots: how many captions a row of the stream holds at most (pairs).
     """
 
     modality: str
@@ -96,6 +96,7 @@ class RowPlan:
     samples: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+    slots: int = 1
 
 
 def joined(plans: Sequence[RowPlan]) -> RowPlan:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shards.bins import CaptionStream
 from shards.buckets import BucketStream
 from shards.corpus import PAIRS, Corpus, RowPlan
 from shards.packing import PackedStream
@@ -234,8 +235,8 @@ class Order:
                 raise ValueError(
                     f"phase {spec.name!r}: mix names {name!r}, but the shards hold only {', '.join(known)}"
                 )
-            buckets = self._corpus.sources[int(numbers[0])][1] == PAIRS and not self._pack_captions
-            kind = BucketStream if buckets else PackedStream
+            captions = CaptionStream if self._pack_captions else BucketStream
+            kind = captions if self._corpus.sources[int(numbers[0])][1] == PAIRS else PackedStream
             self._streams[name] = kind(name, self._corpus, self.shape)
         return self._streams[name]
 

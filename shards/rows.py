@@ -126,7 +126,7 @@ def _build(find: Find, plan: RowPlan, positions: np.ndarray, begin: int) -> tupl
     per_row = plan.row_offsets[1:] - plan.row_offsets[:-1]
     most = int(per_row.max())
     row, segment, column = _places(plan, per_row, most)
-    slots = max(1, most) if pairs else 1
+    slots = plan.slots
     spans, done = _look_up(find, plan, begin)
     row, segment, column = row[spans.order], segment[spans.order], column[spans.order]
     slot = row * slots + segment if slots > 1 else row
@@ -138,7 +138,7 @@ def _build(find: Find, plan: RowPlan, positions: np.ndarray, begin: int) -> tupl
         words=np.zeros(size, np.int64),
         rows=positions,
         valid=np.zeros(size, np.bool_),
-        packed=most > 1,
+        packed=slots > 1 or most > 1,
         slots=slots,
         modality=plan.modality,
     )

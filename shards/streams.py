@@ -12,6 +12,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -20,6 +21,7 @@ import numpy as np
 from shards.corpus import Corpus, RowPlan
 
 HELD_EPOCHS, HELD_WINDOWS = 2, 6
+COUNTS_AT_ONCE = 1 << 16  # so that memory does not grow with all of them
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 SHARD_ORDER, WINDOW_ORDER, BATCH_ORDER = range(3)  # tags of the random streams
@@ -128,6 +130,21 @@ class Stream(ABC):
 
     def _rng(self, key: EpochKey, *tags: int) -> np.random.Generator:
         return np.random.default_rng([key.seed, key.phase, zlib.crc32(self.name.encode()), key.epoch, *tags])
+
+    def rows_of_lengths(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(shards, row lengths, rows) int [_] each, from the counts of tokens alone; a part at a time."""
+        wanted = np.zeros(len(self._corpus.source), np.bool_)
+        wanted[self._entries] = True
+        for low in range(0, len(self._corpus.counts), COUNTS_AT_ONCE):
+            counts = self._corpus.counts[low : low + COUNTS_AT_ONCE]
+            entry, tokens, samples = counts[wanted[counts[:, 0]]].T
+            whole, rest = np.divmod(tokens + 1, self._shape.row_tokens)
+            for lengths, rows in (
+                (np.full_like(rest, self._shape.row_tokens), whole * samples.astype(np.int64)),
+                (rest, samples),
+            ):
+                some = (lengths > 0) & (rows > 0)
+                yield self._corpus.shard[entry[some]], lengths[some], rows[some]
 
     def _by_shard(self, values: np.ndarray) -> np.ndarray:
         """int64 [highest shard + 1]: a per-entry count summed over the stream's entries of each shard."""

@@ -37,7 +37,8 @@ from bitmar.model.memory import MemoryState
 FORMAT = 1
 FILE_BYTES = 512 * 2**20  # a parameter file is closed when it holds this much
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ORDER_KEYS = ("row_tokens", "window_shards", "partitions")  # of data: what the order follows from
+ORDER_KEYS = ("row_tokens", "window_shards", "partitions", "pack_captions")  # of data: what the order follows from
+UNNAMED = {"data.pack_captions": False}  # what checkpoints are of that do not name the key yet
 
 
 class CheckpointError(ValueError):
@@ -276,7 +277,7 @@ def _read_parameters(
 def _check_identity(directory: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     for section, meaning in (("model", "another model"), ("order", "another order of the data")):
         for key in sorted(set(theirs[section]) | set(ours[section])):
-            there, here = theirs[section].get(key), ours[section].get(key)
+            there, here = theirs[section].get(key, UNNAMED.get(key)), ours[section].get(key)
             if there != here:
                 name = f"model.{key}" if section == "model" else key
                 raise CheckpointError(

@@ -49,7 +49,7 @@ def train_step(
     """Train on this rank's micro-batches of optimizer step `step`; every rank calls it together."""
     weights = {name: weight for name, weight in phase.losses.items() if weight > 0}
     counts = _total(loss_counts(batch) for batch in batches)
-    words, samples = sum(b.words.sum() for b in batches), sum(b.valid.sum() for b in batches)
+    words, samples = sum(b.words.sum() for b in batches), sum(b.samples for b in batches)
     everywhere = world.sum(torch.stack([*counts.values(), words, samples]))  # type: ignore[list-item]
     divisor = dict(zip(counts, everywhere.clamp(min=1), strict=False))
     objective, results, candidates, read_mass = 0.0, [], [], 0.0
@@ -66,7 +66,7 @@ def train_step(
         read_mass = read_mass + outputs.read_mass
         offered = (
             losses.surprise,
-            batch.rows,
+            batch.captions,
             batch.image_ids,
             outputs.keys.detach(),
             outputs.episodes.detach(),
@@ -75,7 +75,8 @@ def train_step(
     writes = WriteReport((), 0, 0)
     if phase.write_memory:
         assert isinstance(read_mass, Tensor)
-        best = Episodes.join(candidates).best(config.model.writes_per_step)
+        count = config.model.writes_per_step
+        best = Episodes.join(candidates).best(count).filled(count)
         everyone, mass = gather_episodes(best, read_mass, world)
         memory, writes = commit(memory, everyone, mass, config.model, config.run.seed, step)
     return StepResult(

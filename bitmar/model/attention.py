@@ -1,6 +1,8 @@
 """Attention: rotary positions, causal self-attention, cross-attention, with a sub-norm before the output.
 
-Shapes: B rows, T text positions, S source positions, D width, H heads, E = D / H.
+Shapes: B rows, T text positions, N captions, X positions of what Packing
+takes apart, S source positions, D width, H heads,
+E = D / H. Rows of packed captions are taken apart for attention, so that each caption is a row of its own there.
 Sub-norm and missing biases as in BitNet b1.58 2B4T (2025), section 3.
 """
 
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from bitmar.batch import Packing
 from bitmar.model.quantize import BitLinear, RMSNorm
 
 
@@ -20,31 +23,41 @@ from bitmar.model.quantize import BitLinear, RMSNorm
 class Positions:
     """What self-attention needs to know of a batch: rotary angles, and who may look at whom."""
 
-    cos: Float[Tensor, "R 1 T E"]  # R = B, or 1 where all rows count from 0
-    sin: Float[Tensor, "R 1 T E"]
+    cos: Float[Tensor, "R 1 T E"] | Float[Tensor, "X 1 1 E"]  # R = B, or 1 where all rows count from 0
+    sin: Float[Tensor, "R 1 T E"] | Float[Tensor, "X 1 1 E"]
     mask: Bool[Tensor, "B 1 T T"] | None  # None: plain causal
+    packing: Packing | None = None  # then angles are those of the positions that it takes apart
 
 
 def text_positions(
-    positions: Int[Tensor, "B T"], segments: Int[Tensor, "B T"], packed: bool, head_width: int, base: float
+    positions: Int[Tensor, "B T"],
+    segments: Int[Tensor, "B T"],
+    packed: bool,
+    head_width: int,
+    base: float,
+    packing: Packing | None = None,
 ) -> Positions:
-    """Angles from `positions`; on packed rows a causal mask that keeps each record to itself.
+    """Angles from `positions`; on packed rows of text a causal mask that keeps each record to itself.
 
-    Padding needs no mask: it stands behind the tokens, where causal attention never looks.
+    Padding needs no mask: it stands behind the tokens, where causal attention never looks. Packed captions need none
+    either, as they are taken apart.
     """
-    rows = positions if packed else torch.arange(positions.shape[1], device=positions.device)[None]
+    length = positions.shape[1]
+    if packing is not None:
+        rows = packing.apart(positions)[:, None]
+    else:
+        rows = positions if packed else torch.arange(length, device=positions.device)[None]
     frequency = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
     angle = rows[:, None, :, None].float() * frequency
     angle = torch.cat([angle, angle], dim=-1)
     mask = None
-    if packed:
-        length = positions.shape[1]
+    if packed and packing is None:
         causal = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
         mask = ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]
-    return Positions(angle.cos(), angle.sin(), mask)
+    return Positions(angle.cos(), angle.sin(), mask, packing)
 
 
-def rotate(x: Float[Tensor, "B H T E"], positions: Positions) -> Float[Tensor, "B H T E"]:
+def rotate(x: Float[Tensor, "*B E"], positions: Positions) -> Float[Tensor, "*B E"]:
     """Rotary embedding (Su et al. 2021), halves convention."""
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
@@ -66,6 +79,8 @@ class SelfAttention(nn.Module):
         self.output = BitLinear(width, width, quantized)
 
     def forward(self, x: Float[Tensor, "B T D"], positions: Positions | None) -> Float[Tensor, "B T D"]:
+        if positions is not None and positions.packing is not None:
+            return self.output(self.sub_norm(self._within_captions(self.qkv(x), positions, positions.packing)))
         query, key, value = (_split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         mask = None
         if positions is not None:
@@ -74,9 +89,21 @@ class SelfAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         return self.output(self.sub_norm(mixed.transpose(1, 2).flatten(2)))
 
+    def _within_captions(
+        self, qkv: Float[Tensor, "B T W"], positions: Positions, packing: Packing
+    ) -> Float[Tensor, "B T D"]:
+        query_key, value = packing.apart(qkv).unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=1)
+        chunks = zip(packing.split(rotate(query_key, positions)), packing.split(value), strict=True)
+        mixed = []
+        for turned, plain in chunks:  # n L 2 H E, n L 1 H E
+            query, key, values = (part.transpose(1, 2) for part in (turned[:, :, 0], turned[:, :, 1], plain[:, :, 0]))
+            found = F.scaled_dot_product_attention(query, key, values, is_causal=True)
+            mixed.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
+        return packing.together(torch.cat(mixed))
+
 
 class CrossAttention(nn.Module):
-    """Text positions attend to the tokens of their own row's image; no positions, no mask."""
+    """Text positions attend to the tokens of their own caption's image; no positions, no mask."""
 
     def __init__(self, width: int, heads: int, quantized: bool) -> None:
         super().__init__()
@@ -86,8 +113,23 @@ class CrossAttention(nn.Module):
         self.sub_norm = RMSNorm(width)
         self.output = BitLinear(width, width, quantized)
 
-    def forward(self, x: Float[Tensor, "B T D"], source: Float[Tensor, "B S D"]) -> Float[Tensor, "B T D"]:
+    def forward(
+        self, x: Float[Tensor, "B T D"], source: Float[Tensor, "N S D"], packing: Packing | None = None
+    ) -> Float[Tensor, "B T D"]:
+        if packing is not None:
+            return self.output(self.sub_norm(self._within_captions(self.query(x), self.key_value(source), packing)))
         query = _split_heads(self.query(x), self.heads)
         key, value = (_split_heads(part, self.heads) for part in self.key_value(source).chunk(2, dim=-1))
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.output(self.sub_norm(mixed.transpose(1, 2).flatten(2)))
+
+    def _within_captions(
+        self, query: Float[Tensor, "B T D"], key_value: Float[Tensor, "N S W"], packing: Packing
+    ) -> Float[Tensor, "B T D"]:
+        chunks = zip(packing.split(packing.apart(query)), packing.split_captions(key_value), strict=True)
+        mixed = []
+        for asked, told in chunks:
+            key, value = (_split_heads(part, self.heads) for part in told.chunk(2, dim=-1))
+            found = F.scaled_dot_product_attention(_split_heads(asked, self.heads), key, value)
+            mixed.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
+        return packing.together(torch.cat(mixed))

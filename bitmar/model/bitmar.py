@@ -1,6 +1,7 @@
-"""BitMar: text encoder -> fusion with vision -> memory read -> decoder, and the latents of a row.
+"""BitMar: text encoder -> fusion with vision -> memory read -> decoder, and the latents of a caption.
 
-Shapes: B rows, T text positions, P vision tokens, D width, K slots, C episode width, V vocabulary, Z latent.
+Shapes: B rows, T text positions, N captions (rows, where not packed), P vision tokens, D width, K slots,
+C episode width, V vocabulary, Z latent.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from bitmar.model.attention import text_positions
 from bitmar.model.blocks import Block, Dropout
 from bitmar.model.fusion import Fusion
 from bitmar.model.memory import EpisodeWriter, MemoryReader, MemoryState, RecallInput
-from bitmar.model.text import TextDecoder, TextEncoder, TokenEmbedding, masked_mean
+from bitmar.model.text import TextDecoder, TextEncoder, TokenEmbedding, pooled
 from bitmar.model.vision import VisionEncoder
 
 
 @dataclass(frozen=True)
 class Outputs:
     logits: Float[Tensor, "B T V"]
-    text_latent: Float[Tensor, "B Z"]
-    vision_latent: Float[Tensor, "B Z"]
+    text_latent: Float[Tensor, "N Z"]
+    vision_latent: Float[Tensor, "N Z"]
     log_temperature: Float[Tensor, "1"]
-    keys: Float[Tensor, "B C"]  # of the rows' episodes
-    episodes: Float[Tensor, "B C"]
+    keys: Float[Tensor, "N C"]  # of the captions' episodes
+    episodes: Float[Tensor, "N C"]
     read_mass: Float[Tensor, "K"]  # fp64
     memory_gate: Float[Tensor, "1"]  # what the memory's value is multiplied by, detached
-    recalled: Float[Tensor, "B 2 C"] | None  # by the image alone, by the text alone
+    recalled: Float[Tensor, "N 2 C"] | None  # by the image alone, by the text alone
 
     def side_sum(self) -> Float[Tensor, ""]:
         """A sum that depends on every parameter that a phase's losses may leave out."""
@@ -75,7 +76,7 @@ class BitMar(nn.Module):
     def forward(self, batch: Batch, memory: MemoryState, recall: bool = False) -> Outputs:
         """Run every module on every batch (rows without an image are masked), so that ranks keep step.
 
-        `memory` is read and never changed; `recall` also writes the rows' episodes to copies of it and reads
+        `memory` is read and never changed; `recall` also writes the captions' episodes to copies of it and reads
         them back from one modality alone.
         """
         bf16 = self.compute_dtype == torch.bfloat16
@@ -85,20 +86,22 @@ class BitMar(nn.Module):
     def _forward(self, batch: Batch, memory: MemoryState, recall: bool) -> Outputs:
         config, recompute = self.config, self.activation_checkpointing and self.training
         dropout = Dropout(config.dropout, self.seed, batch.rows) if self.training and config.dropout > 0 else None
+        head_width, packing = config.width // config.heads, batch.packing
         positions = text_positions(
-            batch.positions, batch.segments, batch.packed, config.width // config.heads, config.rotary_base
+            batch.positions, batch.segments, batch.packed, head_width, config.rotary_base, packing
         )
         mask = batch.token_mask
         hidden, text_latent = self.encoder(self.embedding(batch.tokens), positions, mask, dropout, recompute)
-        text_cue = masked_mean(hidden, mask)
+        text_cue = pooled(hidden, mask, packing)
         tokens, vision_latent = self.vision(batch.vision, batch.has_vision, recompute)
-        hidden, log_temperature = self.fusion(hidden, tokens, batch.has_vision)
+        hidden, log_temperature = self.fusion(hidden, tokens, batch.has_vision, packing)
         keys, episodes = self.memory["writer"](text_latent, vision_latent)
         recall_input = None
         if recall:
             cues = (tokens.mean(1), text_cue)
-            recall_input = RecallInput(keys, episodes, batch.image_ids, batch.pair_mask, *cues)
-        reading = self.memory["reader"](hidden, memory, batch.image_ids, mask, recall_input)
+            groups = batch.groups(config.recall_group)
+            recall_input = RecallInput(keys, episodes, batch.image_ids, batch.pair_mask, *cues, groups)
+        reading = self.memory["reader"](hidden, memory, batch.image_ids, mask, recall_input, packing)
         hidden, read_mass, memory_gate, recalled = reading
         logits = self.embedding(self.decoder(hidden, positions, dropout, recompute))
         return Outputs(

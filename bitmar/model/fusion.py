@@ -1,6 +1,6 @@
-"""Fusion: text positions attend to the vision tokens of their row; gated residual.
+"""Fusion: text positions attend to the vision tokens of their caption; gated residual.
 
-Shapes: B rows, T text positions, P vision tokens, D width.
+Shapes: B rows, T text positions, N captions, P vision tokens, D width.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from bitmar.batch import Packing
 from bitmar.config import ModelConfig
 from bitmar.model.attention import CrossAttention
 from bitmar.model.quantize import RMSNorm
@@ -27,10 +28,16 @@ class FusionLayer(nn.Module):
         self.gate = nn.Parameter(torch.full((1,), GATE_START))
 
     def forward(
-        self, x: Float[Tensor, "B T D"], vision: Float[Tensor, "B P D"], has_vision: Bool[Tensor, "B"]
+        self,
+        x: Float[Tensor, "B T D"],
+        vision: Float[Tensor, "N P D"],
+        has_vision: Bool[Tensor, "N"],
+        packing: Packing | None,
     ) -> Float[Tensor, "B T D"]:
-        gate = torch.tanh(self.gate) * has_vision.to(x.dtype)[:, None, None]
-        return x + gate * self.attention(self.norm(x), vision)
+        gate = torch.tanh(self.gate)
+        if packing is None:  # every packed caption has an image
+            gate = gate * has_vision.to(x.dtype)[:, None, None]
+        return x + gate * self.attention(self.norm(x), vision, packing)
 
 
 class Fusion(nn.Module):
@@ -43,10 +50,14 @@ class Fusion(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor([2.6593]))
 
     def forward(
-        self, x: Float[Tensor, "B T D"], vision: Float[Tensor, "B P D"], has_vision: Bool[Tensor, "B"]
+        self,
+        x: Float[Tensor, "B T D"],
+        vision: Float[Tensor, "N P D"],
+        has_vision: Bool[Tensor, "N"],
+        packing: Packing | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "1"]]:
         """(hidden states, log temperature bounded at ln 100; its gradient passes the bound, or it would stay there)."""
         for layer in self.layers:
-            x = layer(x, vision, has_vision)
+            x = layer(x, vision, has_vision, packing)
         free = self.log_temperature
         return x, free + (free.clamp(max=LOG_100) - free).detach()

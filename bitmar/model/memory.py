@@ -1,8 +1,8 @@
 """Episodic memory: pure functions over a state of K slots, and the modules that write to and read from it.
 
 After Larimar (Das et al. 2024, arXiv 2403.11901, section 3) with slots that stay apart, so that a reader can
-be kept from the episodes of its own image. Shapes: B rows, T positions, K slots, C episode width, N episodes,
-D model width, Z latent width, G groups of the recall loss.
+be kept from the episodes of its own image. Shapes: B rows, T positions, N captions (rows, where not packed) or
+episodes, K slots, C episode width, D model width, Z latent width, G groups of the recall loss, M captions of a group.
 
 The state never is a Parameter. All micro-batches of an optimizer step read the state from before the step;
 it changes once, at the step's end, in `commit`.
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from bitmar.batch import Packing, by_group
 from bitmar.config import ModelConfig
 from bitmar.model.quantize import BitLinear, RMSNorm
 
@@ -70,6 +71,14 @@ class Episodes:
         order = torch.argsort(self.rows, stable=True)
         order = order[torch.argsort(self.surprise[order], descending=True, stable=True)][:count]
         return Episodes(*(getattr(self, f.name)[order] for f in dataclasses.fields(self)))
+
+    def filled(self, count: int) -> Episodes:
+        """At least `count` of them, as many on every rank: those that are added are never written."""
+        lacking = max(0, count - len(self.rows))
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        added = {name: value.new_zeros(lacking, *value.shape[1:]) for name, value in fields.items()}
+        added["surprise"] = added["surprise"].fill_(float("-inf"))
+        return Episodes.join([self, Episodes(**added)])
 
     @staticmethod
     def join(parts: list[Episodes]) -> Episodes:
@@ -121,6 +130,21 @@ def read(
     own = (reader_ids[:, None] == state.image_ids) & (reader_ids != 0)[:, None]
     weights = address(query, state.keys[None], state.written & ~own, sharpness, addressing)
     return weights @ state.values, weights
+
+
+def read_packed(
+    state: MemoryState,
+    query: Float[Tensor, "B T C"],
+    reader_ids: Int[Tensor, "N"],
+    sharpness: Float[Tensor, "1"] | float,
+    addressing: Addressing,
+    packing: Packing,
+) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "X K"]]:
+    """`read` for each caption of packed rows; the weights stand as Packing takes positions apart."""
+    chunks = zip(packing.split(packing.apart(query)), packing.split_captions(reader_ids), strict=True)
+    found = [read(state, asked, ids, sharpness, addressing) for asked, ids in chunks]
+    values, weights = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*found, strict=True))
+    return packing.together(values), weights
 
 
 def write(
@@ -230,8 +254,8 @@ class EpisodeWriter(nn.Module):
         self.key = BitLinear(config.episode_dim, config.episode_dim, config.quantization)
 
     def forward(
-        self, text_latent: Float[Tensor, "B Z"], vision_latent: Float[Tensor, "B Z"]
-    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+        self, text_latent: Float[Tensor, "N Z"], vision_latent: Float[Tensor, "N Z"]
+    ) -> tuple[Float[Tensor, "N C"], Float[Tensor, "N C"]]:
         """(keys, episodes), both fp32."""
         joined = self.input_norm(torch.cat([text_latent, vision_latent], dim=-1))
         episode = self.value_norm(self.write(joined))
@@ -240,7 +264,7 @@ class EpisodeWriter(nn.Module):
 
 # Plain, because ZeRO-3 finds the tensors in tuples but not in dataclasses: hidden states, read mass of each slot over
 # the marked positions (fp64), the gate, and what the image cue and the text cue recalled.
-Reading = tuple[Float[Tensor, "B T D"], Float[Tensor, "K"], Float[Tensor, "1"], Float[Tensor, "B 2 C"] | None]
+Reading = tuple[Float[Tensor, "B T D"], Float[Tensor, "K"], Float[Tensor, "1"], Float[Tensor, "N 2 C"] | None]
 
 
 class MemoryReader(nn.Module):
@@ -262,9 +286,10 @@ class MemoryReader(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         state: MemoryState,
-        reader_ids: Int[Tensor, "B"],
+        reader_ids: Int[Tensor, "N"],
         mask: Bool[Tensor, "B T"],
         recall: RecallInput | None,
+        packing: Packing | None = None,
     ) -> Reading:
         sharpness = 1.0 if self.log_sharpness is None else self.log_sharpness.float().exp()
         query = self.query(self.query_norm(x))
@@ -273,10 +298,16 @@ class MemoryReader(nn.Module):
             cues = self.query(self.query_norm(torch.stack([recall.image_cue, recall.text_cue], dim=1)))
         recalled = None
         with torch.autocast(x.device.type, enabled=False):  # addressing in bf16 is no addressing
-            value, weights = read(state, query.float(), reader_ids, sharpness, self.config.memory_addressing)
+            addressing = self.config.memory_addressing
+            if packing is None:
+                value, weights = read(state, query.float(), reader_ids, sharpness, addressing)
+                counted = mask
+            else:
+                value, weights = read_packed(state, query.float(), reader_ids, sharpness, addressing, packing)
+                counted = packing.inside
             if recall is not None and cues is not None:
                 recalled = read_copies(state, recall, cues.float(), sharpness, self.config)
-        read_mass = (weights.detach().abs() * mask[..., None]).sum((0, 1), dtype=torch.float64)
+        read_mass = (weights.detach().abs() * counted[..., None]).flatten(0, -2).sum(0, dtype=torch.float64)
         gate = torch.tanh(self.gate)
         x = x + gate * self.output(self.output_norm(value.to(x.dtype)))
         return x, read_mass, gate.detach(), recalled
@@ -286,36 +317,37 @@ class MemoryReader(nn.Module):
 class RecallInput:
     """Episodes of a micro-batch and one-modality cues for them (pooled hidden states)."""
 
-    keys: Float[Tensor, "B C"]
-    values: Float[Tensor, "B C"]
-    image_ids: Int[Tensor, "B"]
-    counted: Bool[Tensor, "B"]
-    image_cue: Float[Tensor, "B D"]
-    text_cue: Float[Tensor, "B D"]
+    keys: Float[Tensor, "N C"]
+    values: Float[Tensor, "N C"]
+    image_ids: Int[Tensor, "N"]
+    counted: Bool[Tensor, "N"]
+    image_cue: Float[Tensor, "N D"]
+    text_cue: Float[Tensor, "N D"]
+    groups: Int[Tensor, "G M"]  # Batch.groups(recall_group)
 
 
 def read_copies(
     state: MemoryState,
     recall: RecallInput,
-    cues: Float[Tensor, "B 2 C"],
+    cues: Float[Tensor, "N 2 C"],
     sharpness: Float[Tensor, "1"] | float,
     config: ModelConfig,
-) -> Float[Tensor, "B 2 C"]:
+) -> Float[Tensor, "N 2 C"]:
     """Write each group's episodes differentiably to a copy of the state and read every cue of the group from it.
 
-    Groups are `recall_group` consecutive rows, so the result does not depend on how rows are split over
+    Groups are of consecutive captions (Batch.groups), so the result does not depend on how rows are split over
     micro-batches and ranks. The committed state is not touched.
     """
-    group = config.recall_group
     ids, counted = recall.image_ids.tolist(), recall.counted.tolist()
     copies = []
-    for start in range(0, len(ids), group):
-        members = [b for b in range(start, start + group) if counted[b]]
-        episodes = (recall.keys[members], recall.values[members], [ids[b] for b in members])
+    for group in recall.groups.tolist():
+        members = [n for n in group if n >= 0 and counted[n]]
+        episodes = (recall.keys[members], recall.values[members], [ids[n] for n in members])
         copies.append(write(state, *episodes, config.memory_alpha, config.memory_match)[0])
     keys = torch.stack([c.keys for c in copies])
     values = torch.stack([c.values for c in copies])
     written = torch.stack([c.written for c in copies])
-    grouped = cues.unflatten(0, (-1, group)).flatten(1, 2)
+    grouped = by_group(cues, recall.groups).flatten(1, 2)
     weights = address(grouped, keys, written, sharpness, config.memory_addressing)
-    return (weights @ values).unflatten(1, (group, 2)).flatten(0, 1)
+    found = (weights @ values).unflatten(1, (-1, 2)).flatten(0, 1)
+    return found if len(found) == len(cues) else found[recall.groups.flatten() >= 0]

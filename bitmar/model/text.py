@@ -1,6 +1,6 @@
 """Text: the tied token embedding, the causal encoder, the causal decoder.
 
-Shapes: B rows, T positions, D width, V vocabulary, Z latent width.
+Shapes: B rows, T positions, N captions (rows, where not packed), D width, V vocabulary, Z latent width.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from bitmar.batch import Packing
 from bitmar.config import ModelConfig
 from bitmar.model.attention import Positions
 from bitmar.model.blocks import Block, Dropout, run_blocks
@@ -23,6 +24,13 @@ def masked_mean(x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> Float[T
     """Mean over the marked positions; zero for a row without any."""
     weight = mask.to(x.dtype)[..., None]
     return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def pooled(x: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"], packing: Packing | None) -> Float[Tensor, "N D"]:
+    """The mean of each caption's (or row's) positions."""
+    if packing is None:
+        return masked_mean(x, mask)
+    return packing.total(x) / packing.lengths.clamp(min=1)[:, None]
 
 
 class TokenEmbedding(nn.Module):
@@ -64,10 +72,10 @@ class TextEncoder(nn.Module):
         mask: Bool[Tensor, "B T"],
         dropout: Dropout | None,
         recompute: bool,
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B Z"]]:
-        """(hidden states, text_latent: the pooled row)."""
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "N Z"]]:
+        """(hidden states, text_latent: the pooled caption or row)."""
         hidden = run_blocks(self.blocks, x, positions, dropout, recompute)
-        return hidden, self.latent(masked_mean(self.latent_norm(hidden), mask))
+        return hidden, self.latent(pooled(self.latent_norm(hidden), mask, positions.packing))
 
 
 class TextDecoder(nn.Module):

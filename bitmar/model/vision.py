@@ -1,6 +1,6 @@
 """Vision: the image vector becomes P tokens, transformer layers mix them, pooling gives the latent.
 
-Shapes: B rows, V width of the image vector, P vision tokens, D width, Z latent width.
+Shapes: N captions (rows, where not packed), V width of the image vector, P vision tokens, D width, Z latent width.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class VisionEncoder(nn.Module):
         self.latent = BitLinear(config.width, config.vision_latent_size, quantized)
 
     def forward(
-        self, vectors: Float[Tensor, "B V"], has_vision: Bool[Tensor, "B"], recompute: bool
-    ) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B Z"]]:
+        self, vectors: Float[Tensor, "N V"], has_vision: Bool[Tensor, "N"], recompute: bool
+    ) -> tuple[Float[Tensor, "N P D"], Float[Tensor, "N Z"]]:
         """(vision tokens, vision_latent)."""
         vectors = torch.where(has_vision[:, None], vectors.to(self.null_vector.dtype), self.null_vector)
         hidden = self.compress(self.input_norm(vectors))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bitmar.batch import IGNORE, Batch
+from bitmar.batch import IGNORE, Batch, Packing
 from bitmar.config import ModelConfig
 
 VOCABULARY = 97
@@ -85,7 +85,38 @@ def text_batch(rows: int = 8, length: int = 12, seed: int = 0, first_row: int = 
     )
 
 
+def packed_captions(batch: Batch, rows: list[list[int]], length: int, slots: int) -> Batch:
+    """The captions `rows[i]` of an unpacked batch in row i of a packed one, in order; a row without any is masked."""
+    shape = (len(rows), length)
+    tokens, targets = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
+    segments, positions = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
+    for row, captions in enumerate(rows):
+        filled = 0
+        for slot, caption in enumerate(captions):
+            count = int(batch.segments[caption].sum())
+            here = slice(filled, filled + count)
+            tokens[row, here], targets[row, here] = batch.tokens[caption, :count], batch.targets[caption, :count]
+            segments[row, here], positions[row, here] = slot + 1, torch.arange(count, dtype=torch.int32)
+            filled += count
+    chosen = torch.tensor([caption for captions in rows for caption in captions] or [0])
+    held = any(rows)
+    return Batch(
+        tokens=tokens,
+        targets=targets,
+        segments=segments,
+        positions=positions,
+        vision=batch.vision[chosen],
+        has_vision=batch.has_vision[chosen] & held,
+        image_ids=batch.image_ids[chosen] * held,
+        words=torch.tensor([int(batch.words[captions].sum()) for captions in rows]),
+        rows=torch.arange(len(rows)),
+        valid=torch.tensor([bool(captions) for captions in rows]),
+        packed=True,
+        packing=Packing.of(segments.numpy(), slots),
+    )
+
+
 def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     """Rows start to stop of a batch."""
-    parts = {name: value[start:stop] for name, value in vars(batch).items() if name != "packed"}
+    parts = {name: value[start:stop] for name, value in vars(batch).items() if name not in ("packed", "packing")}
     return batch.replace(**parts)

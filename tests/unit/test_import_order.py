@@ -38,7 +38,7 @@ shards.crew
 shards.convert
 shards.corpus
 shards.streams
-shards.buckets shards.packing
+shards.bins shards.buckets shards.packing
 shards.order
 shards.transfer
 shards.cache

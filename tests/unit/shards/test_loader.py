@@ -112,6 +112,80 @@ def test_packed_text_restarts_positions_and_stays_in_its_records(small_set: Shar
     assert tokens.count(EOS) == sum(entry["samples"] for entry in entries)
 
 
+def test_packed_captions_keep_their_images(raw_dir: Path, shard_dir: Path) -> None:
+    """Each slot holds one whole caption with the vector and the words that the raw files give it."""
+    shards, tokenizer = ShardSet.open(shard_dir), TextTokenizer(shard_dir / "tokenizer.json")
+    known: dict[tuple[str, int], int] = {}
+    vectors: dict[int, np.ndarray] = {}
+    for pairs in open_raw(raw_dir).pairs:
+        raw = pairs.vectors(np.arange(len(pairs)))
+        for row, (identity, caption) in enumerate(zip(image_ids(raw).tolist(), pairs.records(), strict=True)):
+            known[str(caption), identity] = known.get((str(caption), identity), 0) + 1
+            vectors[identity] = raw[row].astype("<f2").astype("<f4")
+    loader = load(shards, [PhaseSpec("p", {"pairs": 1}, epochs=1)], row_tokens=128, pack_captions=True)
+    count = 0
+    for _, (rows,) in loader:
+        assert rows.packed
+        assert len(rows.has_vision) == len(rows.rows) * rows.slots
+        for row in range(len(rows.rows)):
+            words = 0
+            for slot in range(rows.slots):
+                place, here = row * rows.slots + slot, rows.segments[row] == slot + 1
+                assert rows.has_vision[place] == here.any()
+                if not here.any():
+                    assert not rows.vision[place].any()
+                    assert rows.image_ids[place] == 0
+                    continue
+                targets, identity = rows.targets[row][here].tolist(), int(rows.image_ids[place])
+                assert np.ptp(np.flatnonzero(here)) == len(targets) - 1
+                assert rows.positions[row][here].tolist() == list(range(len(targets)))
+                assert (rows.tokens[row][here].tolist(), targets[-1]) == ([BOS, *targets[:-1]], EOS)
+                text = tokenizer.decode(targets[:-1])
+                known[text, identity] -= 1
+                assert np.array_equal(rows.vision[place], vectors[identity])
+                words += len(text.split())
+                count += 1
+            assert rows.words[row] == words
+    assert min(known.values()) == 0
+    train = [e for e in shards.manifest["shards"] if e["split"] == "train" and e["modality"] == "pairs"]
+    assert count == sum(entry["samples"] for entry in train)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([8, 33, 200]))
+def test_any_world_trains_the_same_packed_captions(
+    small_set: ShardSet, world: int, accumulation: int, micro_batch: int, row_tokens: int
+) -> None:
+    size = world * accumulation * micro_batch
+    chosen = {"global_batch": size, "row_tokens": row_tokens, "pack_captions": True}
+    whole = list(load(small_set, micro_batch=size, **chosen))
+    ranks = [list(load(small_set, micro_batch=micro_batch, rank=r, world=world, **chosen)) for r in range(world)]
+    for step, (_, (rows,)) in enumerate(whole):
+        parts = [ranks[r][step][1][k] for k in range(accumulation) for r in range(world)]
+        assert {part.slots for part in parts} == {rows.slots}, "shapes depend on the world"
+        for name in (
+            "tokens",
+            "targets",
+            "segments",
+            "positions",
+            "vision",
+            "has_vision",
+            "image_ids",
+            "words",
+            "rows",
+        ):
+            assert np.array_equal(stacked(parts, name), getattr(rows, name)), name
+        assert sum(part.samples for part in parts) == rows.samples
+    totals = small_set.manifest["totals"]["train"]
+    assert sum(int(rows.words.sum()) for _, (rows,) in whole) == totals["words"]
+    assert sum(int((rows.targets >= 0).sum()) for _, (rows,) in whole) == totals["tokens"] + totals["samples"]
+    at = whole[len(whole) // 2][0]
+    rest = load(small_set, micro_batch=size, state=at, **chosen)
+    for (state, (rows,)), (old, (expected,)) in zip(rest, whole[len(whole) // 2 :], strict=True):
+        assert state == old
+        assert np.array_equal(rows.tokens, expected.tokens)
+
+
 def test_resume_anywhere_continues_the_same(small_set: ShardSet) -> None:
     phases = [
         PhaseSpec("a", {"text": 1}, steps=9),
@@ -194,6 +268,24 @@ def test_a_damaged_pair_is_masked_and_shifts_nothing(small_dir: Path, tmp_path: 
     ((tar, key),) = loader.damaged
     assert tar == "pairs-train-00001.tar"
     assert key.startswith("flickr-")
+
+
+def test_a_damaged_caption_is_masked_inside_its_row(small_dir: Path, tmp_path: Path) -> None:
+    shards = damaged_copy(small_dir, tmp_path / "copy", [("pairs-train-00001.tar", "vector_offset", 5)])
+    loader = load(shards, row_tokens=64, pack_captions=True)
+    masked = 0
+    whole_loader = load(ShardSet.open(small_dir), row_tokens=64, pack_captions=True)
+    for (_, (rows,)), (_, (whole,)) in zip(loader, whole_loader, strict=True):
+        lost = (whole.segments > 0) & (rows.segments == 0)
+        masked += whole.samples - rows.samples
+        assert (rows.targets[lost] == -100).all()
+        gone = whole.has_vision & ~rows.has_vision
+        assert not rows.vision[gone].any()
+        for name in ("targets", "segments", "positions"):
+            assert np.array_equal(getattr(rows, name)[~lost], getattr(whole, name)[~lost])
+        assert np.array_equal(rows.vision[~gone], whole.vision[~gone])
+    assert masked == 1
+    assert len(loader.damaged) == 1
 
 
 def test_damaged_text_is_masked_inside_its_rows(small_dir: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shards.bins import pack_lengths
 from shards.buckets import length_buckets
 from shards.corpus import Corpus, RowPlan, ShardLengths, chunk_rows
 from shards.order import Order, PhaseSpec
@@ -241,6 +242,47 @@ def test_captions_fill_their_rows() -> None:
     plans = [whole(order, 0, step) for step in range(order.steps(0))]
     slots = sum(32 * plan.row_tokens for plan in plans)
     assert sum(int(plan.lengths.sum()) for plan in plans) / slots > 0.95
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=200), st.integers(40, 90))
+def test_rows_of_packed_lengths_hold_each_caption_once(lengths: list[int], width: int) -> None:
+    values, counts = np.unique(lengths, return_counts=True)
+    templates = pack_lengths(values.tolist(), counts.tolist(), width)
+    placed = sorted(length for row, many in templates for length in row * many)
+    assert placed == sorted(lengths)
+    assert all(many > 0 and 0 < sum(row) <= width for row, many in templates)
+    rows = sum(many for _, many in templates)
+    assert rows <= max(1, 2 * -(-sum(lengths) // width)), "rows are less than half full"
+
+
+def test_packed_captions_fill_their_rows() -> None:
+    rng = np.random.default_rng(0)
+    values, counts = np.unique(np.clip(rng.poisson(15, size=3000), 4, 60), return_counts=True)
+    for width, least in ((64, 0.975), (256, 0.985)):
+        rows = sum(many for _, many in pack_lengths(values.tolist(), counts.tolist(), width))
+        assert (values * counts).sum() / (rows * width) > least
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes())
+def test_a_packed_caption_is_cut_only_where_longer_than_a_row(case: tuple[Data, Shape, int]) -> None:
+    data, shape, seed = case
+    phases = [PhaseSpec("p", {"pairs": 1}, epochs=2)]
+    order = Order(data.corpus(), phases, seed=seed, shape=shape, pack_captions=True)
+    width = shape.row_tokens
+    for step in range(order.steps(0)):
+        plan = whole(order, 0, step)
+        assert np.diff(plan.row_offsets).max() <= plan.slots
+        for shard, sample, start, length in spans(plan):
+            positions = int(data.tokens[shard][sample]) + 1
+            assert start % width == 0
+            assert length == min(width, positions - start)
+        cut = shape.global_batch // 2
+        slices = [(0, cut), (cut, shape.global_batch - cut)]
+        parts = [order.plan(0, step, first, count) for first, count in slices if count]
+        assert same(joined(parts), plan), "the rows depend on who asks"
+        assert {part.slots for part in parts} == {plan.slots}
 
 
 @settings(max_examples=40, deadline=None)
