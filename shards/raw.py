@@ -6,6 +6,7 @@ A raw directory holds `NAME_captions.json` with `NAME_dino_v2_states.npy` (or `_
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import io
 import itertools
@@ -124,8 +125,7 @@ def read_vectors(parts: Sequence[VectorFile], rows: np.ndarray) -> np.ndarray:
 
 def _read_runs(file: int, runs: list[tuple[memoryview, int]], path: Path) -> None:
     """Fill each target from its offset. Raises DataError at the file's end."""
-    if NOT_WAITING:
-        runs = [run for run in runs if not _read_cached(file, *run)]
+    runs = runs[_read_cached(file, runs) :]
     if hasattr(os, "posix_fadvise"):
         for target, offset in runs:
             os.posix_fadvise(file, offset, len(target), os.POSIX_FADV_WILLNEED)
@@ -137,12 +137,16 @@ def _read_runs(file: int, runs: list[tuple[memoryview, int]], path: Path) -> Non
             target, offset = target[count:], offset + count
 
 
-def _read_cached(file: int, target: memoryview, offset: int) -> bool:
-    """Fill the target if its bytes are in memory; False if not, or if the file system cannot tell."""
-    try:
-        return os.preadv(file, [target], offset, NOT_WAITING) == len(target)
-    except OSError:
-        return False
+def _read_cached(file: int, runs: list[tuple[memoryview, int]]) -> int:
+    """Fill targets as long as their bytes are in memory; returns how many. 0 where the file system cannot tell."""
+    done = 0
+    if NOT_WAITING:
+        with contextlib.suppress(OSError):
+            for target, offset in runs:
+                if os.preadv(file, [target], offset, NOT_WAITING) != len(target):
+                    break
+                done += 1
+    return done
 
 
 def _by_part(parts: Sequence[VectorFile], rows: np.ndarray) -> Iterator[tuple[VectorFile, np.ndarray, np.ndarray]]:
