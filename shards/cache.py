@@ -45,9 +45,9 @@ class Cache:
     directory: Path
     limit_bytes: int | None
 
-    def path(self, name: str, size: int, sha256: str) -> Path:
+    def path(self, name: str, size: int, xxh3_128: str) -> Path:
         """Where a file of these contents lies once it is here."""
-        return self.directory / f"{sha256[:16]}-{size}-{name}"
+        return self.directory / f"{xxh3_128[:16]}-{size}-{name}"
 
     def part(self, path: Path) -> Path:
         """Where the file grows while it is downloaded."""

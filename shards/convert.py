@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from shards.blocks import TRAIN, UNUSABLE, Block, Sources, Work, build_block, kind_of, scan
 from shards.crew import Crew
@@ -38,6 +37,7 @@ from shards.writer import (
     TOKENIZER,
     Options,
     WrittenShard,
+    file_checksum,
     read_manifest,
     write_manifest,
 )
@@ -133,9 +133,7 @@ def _hash_inputs(files: Sequence[Path], crew: Crew, report: Report) -> list[dict
 
 
 def _hash_file(path: Path) -> dict[str, Any]:
-    with path.open("rb", buffering=0) as stream:
-        digest = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
-    return {"file": path.name, "bytes": path.stat().st_size, "xxh3_128": digest}
+    return {"file": path.name, "bytes": path.stat().st_size, "xxh3_128": file_checksum(path)}
 
 
 def _fingerprint(inputs: list[dict[str, Any]], options: Options, generated: bool) -> str:

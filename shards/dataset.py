@@ -152,7 +152,7 @@ class Readers:
         give_up = time.monotonic() + (self._room_wait_s if waits else 0)
         while True:
             try:
-                return self._store.fetch(part["file"], part["bytes"], part["sha256"])
+                return self._store.fetch(part["file"], part["bytes"], part["xxh3_128"])
             except NoRoom:
                 if not self._let_one_go(keep):
                     if time.monotonic() >= give_up:
@@ -237,7 +237,7 @@ class ShardSet:
         lengths = _read_checked(store, manifest["lengths"]["file"], manifest["lengths"]["sha256"])
         for entry in () if remote else manifest["shards"]:
             for part in (entry, entry["index"]):
-                store.fetch(part["file"], part["bytes"], part["sha256"])
+                store.fetch(part["file"], part["bytes"], part["xxh3_128"])
                 store.release(part["file"])
         readers = Readers(store, manifest, damage_ceiling, cache.room_wait_s)
         return cls(

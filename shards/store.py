@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote, unquote, urlsplit
 
+import xxhash
+
 from shards import transfer
 from shards.cache import NO_ROOM, Cache, NoRoom
 from shards.transfer import PACKAGES, Retry, StoreError
@@ -51,7 +53,7 @@ class Store(Protocol):
         """A small file, whole. Raises StoreError."""
         ...
 
-    def fetch(self, name: str, size: int, sha256: str) -> Path:
+    def fetch(self, name: str, size: int, xxh3_128: str) -> Path:
         """A file of this machine of `size` bytes, in use until it is released as often.
 
         Raises StoreError, and NoRoom where it could be had if less were in use.
@@ -103,7 +105,7 @@ class LocalStore:
         except OSError as error:
             raise StoreError(f"{path}: {error.strerror}; make shards with tools/make_shards.py") from None
 
-    def fetch(self, name: str, size: int, sha256: str) -> Path:
+    def fetch(self, name: str, size: int, xxh3_128: str) -> Path:
         """The file where it lies. Raises StoreError when it is missing or has another size."""
         path = self._directory / _plain(name)
         try:
@@ -156,20 +158,20 @@ class RemoteStore:
         """A small file, whole; asked for anew each time. Raises StoreError."""
         return transfer.read(self._source, self._url(name), self._retry, self._stop)
 
-    def fetch(self, name: str, size: int, sha256: str) -> Path:
+    def fetch(self, name: str, size: int, xxh3_128: str) -> Path:
         """The file in the cache, of that size and checksum; downloaded where it is not there yet.
 
         Raises StoreError naming the URL, or the cache where it cannot hold the file; NoRoom while too much is in use.
         """
         url = self._url(name)
-        path = self._cache.path(name, size, sha256)
+        path = self._cache.path(name, size, xxh3_128)
         with self._lock:
             pin = self._pins.get(name)
             if pin is not None:
                 pin.count += 1
                 return pin.path
         try:
-            descriptor = self._obtain(url, path, size, sha256)
+            descriptor = self._obtain(url, path, size, xxh3_128)
         except OSError as error:
             in_use = error.errno in NO_ROOM and self._cache.holds_files()  # what was not has been evicted
             kind = NoRoom if in_use else StoreError
@@ -212,25 +214,25 @@ class RemoteStore:
             raise StoreError(f"{self.location} was closed")
         return f"{self.location}/{quote(_plain(name)) if self.scheme in ('http', 'https') else _plain(name)}"
 
-    def _obtain(self, url: str, path: Path, size: int, sha256: str) -> int:
+    def _obtain(self, url: str, path: Path, size: int, xxh3_128: str) -> int:
         """The descriptor that pins the verified file."""
         while True:
             with self._cache.locked():
                 descriptor = self._cache.pin(path, size)
                 ours = None if descriptor is not None else self._cache.start(path, size)
             if descriptor is not None:
-                if path in self._verified or _sha256(descriptor) == sha256:
+                if path in self._verified or _checksum(descriptor) == xxh3_128:
                     self._verified.add(path)
                     return descriptor
                 self._discard(descriptor, path)  # damaged on this disk: whoever comes next downloads it
             elif ours is not None:
-                if self._fill(ours, url, path, size, sha256):
+                if self._fill(ours, url, path, size, xxh3_128):
                     return ours
                 os.close(ours)  # somebody emptied the cache by hand meanwhile
             elif self._stop.wait(POLL_S):  # another process or thread downloads it
                 raise StoreError(f"{url}: stopped while another process downloaded it")
 
-    def _fill(self, descriptor: int, url: str, path: Path, size: int, sha256: str) -> bool:
+    def _fill(self, descriptor: int, url: str, path: Path, size: int, xxh3_128: str) -> bool:
         """Download into the part that the descriptor holds; it then pins the finished file.
 
         False where the part is no longer in the cache.
@@ -238,13 +240,13 @@ class RemoteStore:
         try:
             for last in (False, True):
                 self._download(descriptor, url, path, size)
-                found = _sha256(descriptor)
-                if found == sha256:
+                found = _checksum(descriptor)
+                if found == xxh3_128:
                     break
                 os.ftruncate(descriptor, 0)
                 if last:
                     raise StoreError(
-                        f"{url}: its sha256 is {found}, the manifest says {sha256}: the set at the server is damaged"
+                        f"{url}: its checksum is {found}, the manifest says {xxh3_128}: the set there is damaged"
                     )
             with self._cache.locked():
                 finished = self._cache.finish(descriptor, path)
@@ -279,10 +281,10 @@ class RemoteStore:
         os.close(descriptor)
 
 
-def _sha256(descriptor: int) -> str:
+def _checksum(descriptor: int) -> str:
     with open(descriptor, "rb", closefd=False) as file:
         file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _scheme(location: str) -> str | None:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from isal import isal_zlib
 
 from shards.index import NO_VECTOR, PLAIN_TEXT, RAW_DTYPES, Counted, IndexBuilder, Members, index_path
 from shards.record import BLOCK_BYTES, VECTOR_DTYPES, VECTOR_SIZE, DataError, Samples, tar_members
 from shards.tokenizer import TextTokenizer
 
-FORMAT = "bitmar-shards/2"
+FORMAT = "bitmar-shards/3"
 MANIFEST, TOKENIZER, REJECTED, LENGTHS = "manifest.json", "tokenizer.json", "rejected.jsonl", "lengths.npy"
 SPLITS = ("train", "validation")
 MODALITIES = ("pairs", "text")
@@ -91,7 +92,7 @@ class ShardWriter:
         self._path, self._labels = directory / labels.file, labels
         self._builder = IndexBuilder(tokenizer)
         self._stream = self._path.open("wb", buffering=0)
-        self._sha, self._bytes = hashlib.sha256(), 0
+        self._checksum, self._bytes = xxhash.xxh3_128(), 0
 
     def __len__(self) -> int:
         return len(self._builder)
@@ -132,24 +133,24 @@ class ShardWriter:
         self._write(memoryview(bytes(end - self._bytes)))
         self._stream.close()
         counted = self._builder.write(index_path(self._path), self._bytes)
-        return describe(self._path, self._labels, counted, self._sha.hexdigest())
+        return describe(self._path, self._labels, counted, self._checksum.hexdigest())
 
     def _write(self, data: memoryview) -> None:
-        self._sha.update(data)
+        self._checksum.update(data)
         self._bytes += len(data)
         while len(data):
             data = data[self._stream.write(data) :]
 
 
-def describe(tar: Path, labels: Labels, counted: Counted, sha256: str) -> WrittenShard:
+def describe(tar: Path, labels: Labels, counted: Counted, xxh3_128: str) -> WrittenShard:
     """The manifest entry of a tar whose index lies beside it."""
     index = index_path(tar)
     return WrittenShard(
         {
             "file": tar.name,
             "bytes": tar.stat().st_size,
-            "sha256": sha256,
-            "index": {"file": index.name, "bytes": index.stat().st_size, "sha256": file_sha256(index)},
+            "xxh3_128": xxh3_128,
+            "index": {"file": index.name, "bytes": index.stat().st_size, "xxh3_128": file_checksum(index)},
             **{name: counted.total(name) for name in COUNTS},
             "modality": labels.modality,
             "split": labels.split,
@@ -157,6 +158,12 @@ def describe(tar: Path, labels: Labels, counted: Counted, sha256: str) -> Writte
         },
         counted.lengths,
     )
+
+
+def file_checksum(path: Path) -> str:
+    """The 128-bit XXH3 of a file, hexadecimal: it finds damage as SHA-256 does, in a tenth of the time."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -234,7 +241,7 @@ class _Name(str):
     """In a shape: a plain file name."""
 
 
-_FILE = {"file": _Name(), "bytes": 0, "sha256": ""}
+_FILE = {"file": _Name(), "bytes": 0, "xxh3_128": ""}
 _COUNTED = dict.fromkeys(COUNTS, 0)
 # what each value must look like: a type's example, one of several strings, [items], {"*": values of any key}
 _SHAPE: dict[str, Any] = {
@@ -244,7 +251,7 @@ _SHAPE: dict[str, Any] = {
     "vector_size": 0,
     "totals": {split: {**_COUNTED, "bytes": 0} for split in SPLITS},
     "sources": [{"name": "", "modality": MODALITIES}],
-    "lengths": _FILE,
+    "lengths": {"file": _Name(), "bytes": 0, "sha256": ""},
     "shards": [
         {**_FILE, "index": _FILE, **_COUNTED, "modality": MODALITIES, "split": SPLITS, "sources": {"*": _COUNTED}}
     ],

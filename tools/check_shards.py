@@ -21,7 +21,17 @@ from shards.foreign import build_index
 from shards.index import ShardReader
 from shards.record import DataError
 from shards.tokenizer import TextTokenizer
-from shards.writer import LENGTHS, MANIFEST, TOKENIZER, Labels, describe, file_sha256, read_manifest, write_manifest
+from shards.writer import (
+    LENGTHS,
+    MANIFEST,
+    TOKENIZER,
+    Labels,
+    describe,
+    file_checksum,
+    file_sha256,
+    read_manifest,
+    write_manifest,
+)
 
 
 def check_set(directory: Path, console: Console) -> int:
@@ -59,8 +69,8 @@ def check_shard(directory: Path, entry: dict[str, Any], sha256: str, tokenizer: 
         if path.stat().st_size != told["bytes"]:
             yield f"{path}: {path.stat().st_size} bytes, the manifest says {told['bytes']}"
             return
-    whole = file_sha256(tar) == entry["sha256"]
-    if file_sha256(index) != entry["index"]["sha256"]:
+    whole = file_checksum(tar) == entry["xxh3_128"]
+    if file_checksum(index) != entry["index"]["xxh3_128"]:
         yield f"{index}: its checksum is not the manifest's"
     try:
         reader = ShardReader(tar, sha256, index)
@@ -120,7 +130,7 @@ def rebuild(directory: Path, tokenizer_file: Path | None, validation: Sequence[s
                 )
             split = "validation" if tar.name in validation else "train"
             labels = Labels("pairs" if kinds == {True} else "text", split, 0)
-            written.append(describe(tar, labels, counted, file_sha256(tar)))
+            written.append(describe(tar, labels, counted, file_checksum(tar)))
     about = {
         "generated": False,
         "fingerprint": "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import multiprocessing
 import threading
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from shards.store import CacheOptions, RemoteStore, StoreError, open_store
 from tests.support.disks import small_disk
@@ -48,7 +48,7 @@ def opened(url: str, cache: Path, limit: int | None = None, timeout_s: float = G
 
 
 def fetch(store: RemoteStore, name: str, content: bytes) -> Path:
-    return store.fetch(name, len(content), hashlib.sha256(content).hexdigest())
+    return store.fetch(name, len(content), xxhash.xxh3_128(content).hexdigest())
 
 
 def wait_for(path: Path, size: int) -> int:
@@ -151,7 +151,7 @@ def test_a_killed_download_is_gone_on_with(server: FaultyServer, contents: dict[
     cache = tmp_path / "cache"
     server.fail("a", Fault(1, silent_after=SIZE * 3 // 4))
     killed = started(fetch_one, server.url, cache, contents["a"])
-    part = cache / f"{hashlib.sha256(contents['a']).hexdigest()[:16]}-{SIZE}-a.part"
+    part = cache / f"{xxhash.xxh3_128(contents['a']).hexdigest()[:16]}-{SIZE}-a.part"
     wait_for(part, 1 << 20)
     waiting = started(fetch_one, server.url, cache, contents["a"])
     also_waiting = threading.Thread(target=fetch_one, args=(server.url, cache, contents["a"]), daemon=True)
@@ -224,7 +224,7 @@ def test_a_download_whose_cache_is_emptied_begins_anew(
     got: list[Path] = []
     thread = threading.Thread(target=lambda: got.append(fetch(impatient, "a", contents["a"])), daemon=True)
     thread.start()
-    part = cache / f"{hashlib.sha256(contents['a']).hexdigest()[:16]}-{SIZE}-a.part"
+    part = cache / f"{xxhash.xxh3_128(contents['a']).hexdigest()[:16]}-{SIZE}-a.part"
     wait_for(part, 1 << 20)
     empty(cache)
     server.fail("a", Fault(1, silent_after=SIZE * 3 // 4))

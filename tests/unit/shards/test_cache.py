@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from shards.cache import Cache, NoRoom
 from shards.transfer import StoreError
 
 SIZES = {"a": 10, "b": 20, "c": 30, "d": 30, "e": 70}
-SHA256 = {name: hashlib.sha256(name.encode()).hexdigest() for name in SIZES}
+CHECKSUM = {name: xxhash.xxh3_128(name.encode()).hexdigest() for name in SIZES}
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Model:
 
 def fetch(cache: Cache, name: str, tick: int) -> int:
     """The descriptor that pins a file, which is made where it is not there; `tick` is the time."""
-    path = cache.path(name, SIZES[name], SHA256[name])
+    path = cache.path(name, SIZES[name], CHECKSUM[name])
     with cache.locked():
         pinned = cache.pin(path, SIZES[name])
         if pinned is None:
@@ -95,12 +95,12 @@ def released(pins: dict[str, list[int]]) -> Iterator[None]:
 
 def test_a_part_counts_as_the_whole_it_becomes(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 60)
-    a, c = (cache.path(name, SIZES[name], SHA256[name]) for name in "ac")
+    a, c = (cache.path(name, SIZES[name], CHECKSUM[name]) for name in "ac")
     with cache.locked():
         first = cache.start(c, SIZES["c"])
         assert first is not None
         assert cache.start(c, SIZES["c"]) is None, "another fills it"
-        second = cache.start(cache.path("d", 30, SHA256["d"]), 30)
+        second = cache.start(cache.path("d", 30, CHECKSUM["d"]), 30)
         assert second is not None
         with pytest.raises(NoRoom, match=r"60 are in use and 10 are wanted for .*-a; a limit of 70 bytes would do"):
             cache.start(a, SIZES["a"])
@@ -113,7 +113,7 @@ def test_a_part_counts_as_the_whole_it_becomes(tmp_path: Path) -> None:
 
 def test_a_file_of_another_size_is_not_taken_for_the_whole(tmp_path: Path) -> None:
     cache = Cache(tmp_path, None)
-    path = cache.path("a", SIZES["a"], SHA256["a"])
+    path = cache.path("a", SIZES["a"], CHECKSUM["a"])
     path.write_bytes(b"short")
     with cache.locked():
         assert cache.pin(path, SIZES["a"]) is None
