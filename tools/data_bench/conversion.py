@@ -36,7 +36,7 @@ def conversion_rows(bench: Bench) -> Iterator[Row]:
 
 
 def _rows(bench: Bench) -> Iterator[Row]:
-    pairs, many, rounds = (10_000, 50_000, 1) if bench.quick else (100_000, 1_000_000, 5)
+    pairs, many, rounds = (10_000, 50_000, 1) if bench.quick else (300_000, 1_000_000, 3)
     folder = bench.folder / "conversion"
     kind, captions = _captions(bench)
     tokenizer = bench.records.shards / "tokenizer.json"
