@@ -20,7 +20,7 @@ import yaml
 
 from tests.support.disks import resize, small_disk
 from tests.support.file_server import Fault, FileServer, Served, file_server
-from tests.support.runs import ROOT, make_shards, run_tool
+from tests.support.runs import ROOT, heed_interrupts, make_shards, run_tool
 
 MIB = 1 << 20
 NAME = "a_captions.json"
@@ -50,7 +50,9 @@ def fetch(folder: Path, files: dict[str, dict[str, Any]], *more: object) -> subp
 
 def start(folder: Path, files: dict[str, dict[str, Any]], *more: object) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "tools" / "fetch_babylm.py"), *arguments(folder, files, *more)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heed_interrupts
+    )
 
 
 def whole(done: subprocess.CompletedProcess[str], folder: Path, data: bytes, name: str = NAME) -> None:

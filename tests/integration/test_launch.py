@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.runs import ROOT, metrics, newest, recipe, write_recipe
+from tests.support.runs import ROOT, heed_interrupts, metrics, newest, recipe, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -43,11 +43,6 @@ def trainers(mark: str) -> list[psutil.Process]:
         if any(mark in part for part in line) and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
-
-
-def heed_interrupts() -> None:
-    """As in a person's shell: where these tests run in the background, a script would inherit a deaf ear."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition: Callable[[], bool], within_s: float = END_WITHIN_S) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -89,7 +90,8 @@ def test_a_users_mistake_is_one_line(tiny_shards: Path, tmp_path: Path, capsys: 
         # A process of its own: this one may have had an engine, and builds no other.
         command = [sys.executable, "-m", "bitmar.train", "--config", str(path), f"data.shards={server.url}", cache]
         command.append("data.cache_gib=1e-5")
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=clean, check=False)
         assert done.returncode == 2
         assert done.stderr.splitlines()[-1].startswith("error: data.cache_gib 1e-05 is too small"), done.stderr
         for url in ("pipe:cat x", "http://me:hidden@127.0.0.1/x", "s3://b/x?X-Amz-Signature=hidden", "ftp://x/y"):

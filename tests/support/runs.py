@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 512
 STEPS = 20
 STOP = 10  # in the middle of the memory phase
+
+
+def heed_interrupts() -> None:
+    """As in a person's shell: where these tests run in the background, a script would inherit a deaf ear."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_tool(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
