@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bitmar.config import Config, ConfigError, dump_config
 from bitmar.engine import checkpoint
-from bitmar.engine.checkpoint import CheckpointError, Progress
+from bitmar.engine.checkpoint import CheckpointError, DamagedCheckpoint, Progress, Saver
+from bitmar.engine.retention import WordMilestones, milestones
 from bitmar.engine.world import World
 from bitmar.engine.zero import ZeroEngine, choose_precision
 from bitmar.model.bitmar import BitMar, parameter_counts
@@ -52,6 +53,8 @@ class Run:
     identity: dict[str, Any]
     memory: MemoryState
     progress: Progress
+    saver: Saver
+    milestones: WordMilestones
     sinks: Sink
     statistics: Statistics
     held_out: dict[str, ValidationSet]  # by modality
@@ -76,7 +79,8 @@ def assemble(config: Config, world: World) -> Run:
     parameters = parameter_counts(model)
     identity = checkpoint.identity(config, shards.tokenizer_hash, shards.identity)
     engine = ZeroEngine(model, config, world)
-    memory, progress = resume_or_start(config, engine, identity, world)
+    start = resume_or_start(config, engine, identity, world)
+    memory, progress = start.memory, start.progress
     loader = open_loader(config, shards, progress, world)
     lengths = [loader.order.steps(i) for i in range(len(config.phases))]
     check_words(config, shards, loader)
@@ -95,6 +99,10 @@ def assemble(config: Config, world: World) -> Run:
         identity=identity,
         memory=memory,
         progress=progress,
+        saver=Saver(config.run_directory, config.checkpoint, world),
+        milestones=WordMilestones(
+            milestones(config.checkpoint), progress.words, config.training.global_batch * config.data.row_tokens
+        ),
         sinks=sinks,
         statistics=Statistics(select(Cadence.STEP), world.device),
         held_out=held_out,
@@ -102,6 +110,8 @@ def assemble(config: Config, world: World) -> Run:
         saved_at=progress.step or -1,
         finished=finished,
     )
+    for problem in start.passed_over:
+        sinks.event("checkpoint_passed_over", problem=problem)
     if world.is_first:
         announce(run)
     return run
@@ -160,7 +170,10 @@ def build_model(config: Config, shards: ShardSet, world: World) -> BitMar:
 
 
 def check_words(config: Config, shards: ShardSet, loader: Loader) -> None:
-    """Refuse a run that reads more than BabyLM allows. Raises ConfigError."""
+    """Refuse a run that reads more than BabyLM allows. Raises ConfigError.
+
+    Words of all sources <= words_limit and passes over each <= max_epochs, so words seen <= words_limit x max_epochs.
+    """
     words = shards.words("train")
     if words > config.data.words_limit:
         raise ConfigError(
@@ -175,30 +188,55 @@ def check_words(config: Config, shards: ShardSet, loader: Loader) -> None:
             )
 
 
-def resume_or_start(
-    config: Config, engine: ZeroEngine, identity: dict[str, Any], world: World
-) -> tuple[MemoryState, Progress]:
-    """Memory and progress of the checkpoint that checkpoint.resume asks for, or fresh ones."""
-    wish = config.checkpoint.resume
-    found = checkpoint.checkpoint_directories(config.run_directory) if wish == "auto" else []
-    chosen = found[0] if found else Path(wish) if wish not in ("auto", "never") else None
-    chosen = world.broadcast_object(chosen)
-    if chosen is not None:
-        restored = checkpoint.load(chosen, engine, identity, world)
-        if world.is_first and chosen.resolve().parent.parent == config.run_directory.resolve():
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    memory: MemoryState
+    progress: Progress
+    passed_over: tuple[str, ...] = ()  # what is wrong with later checkpoints
+
+
+def resume_or_start(config: Config, engine: ZeroEngine, identity: dict[str, Any], world: World) -> Start:
+    """From the checkpoint that checkpoint.resume asks for, or afresh. Raises CheckpointError."""
+    wish, directory = config.checkpoint.resume, config.run_directory
+    if world.is_first:
+        checkpoint.remove_left_overs(directory)
+    found = world.broadcast_object(checkpoint.checkpoint_directories(directory))
+    if wish == "auto" and found:
+        return resume_newest(found, engine, identity, world)
+    if wish not in ("auto", "never"):
+        chosen = Path(wish)
+        start = Start(*checkpoint.load(chosen, engine, identity, world))
+        if world.is_first and chosen.resolve().parent.parent == directory.resolve():
             for path in checkpoint.set_aside_later(chosen):
                 print(f"set aside a later checkpoint: {path}", flush=True)
-        return restored
-    problem = None
-    if world.is_first and checkpoint.checkpoint_directories(config.run_directory):
-        problem = (
-            f"{config.run_directory} holds checkpoints already; resume them (checkpoint.resume=auto), "
+        return start
+    if found:
+        raise CheckpointError(
+            f"{directory} holds checkpoints already; resume them (checkpoint.resume=auto), "
             "or give this run another run.name"
         )
-    world.raise_together(problem, CheckpointError)
     model = config.model
     memory = MemoryState.empty(model.memory_size, model.episode_dim, world.device)
-    return memory, Progress(world.broadcast_object(secrets.token_hex(4)))
+    return Start(memory, Progress(world.broadcast_object(secrets.token_hex(4))))
+
+
+def resume_newest(found: list[Path], engine: ZeroEngine, identity: dict[str, Any], world: World) -> Start:
+    """From the newest checkpoint that is not damaged; `found`: newest first. Raises CheckpointError."""
+    passed_over: list[str] = []
+    for directory in found:
+        try:
+            memory, progress = checkpoint.load(directory, engine, identity, world)
+        except DamagedCheckpoint as error:
+            passed_over.append(str(error))
+            continue
+        for bad, problem in zip(found, passed_over, strict=False):
+            if world.is_first:
+                print(f"{problem}; set aside as {checkpoint.set_aside(bad, 'damaged')}", flush=True)
+        world.barrier()
+        return Start(memory, progress, tuple(passed_over))
+    raise CheckpointError(f"{passed_over[0]}; no earlier checkpoint is whole")
 
 
 def last_step(config: Config, lengths: list[int]) -> int:
@@ -226,6 +264,7 @@ def open_run(config: Config, world: World, progress: Progress, total_steps: int,
         except OSError as error:
             problem = f"run.directory: {directory} cannot be written: {error.strerror}"
     world.raise_together(problem, ConfigError)
+    check_shared(directory, world)
     mode = "disabled" if finished else config.logging.wandb
     return open_sinks(
         directory,
@@ -238,6 +277,22 @@ def open_run(config: Config, world: World, progress: Progress, total_steps: int,
         total_steps=total_steps,
         resume_step=progress.step if progress.step else None,
     )
+
+
+def check_shared(directory: Path, world: World) -> None:
+    """Refuse a run's folder that the ranks do not share: each writes its part of a checkpoint. Raises ConfigError."""
+    sign = directory / f".shared-{world.broadcast_object(secrets.token_hex(4))}"
+    if world.is_first:
+        sign.touch()
+    world.barrier()
+    without = [rank for rank, seen in enumerate(world.gather_objects(sign.is_file())) if not seen]
+    if world.is_first:
+        sign.unlink()
+    if without:
+        raise ConfigError(
+            f"run.directory: {directory} of rank 0 is not what rank {without[0]} sees there; all ranks write their "
+            "parts of a checkpoint to it, so it must lie on a file system that they share"
+        )
 
 
 def open_validation(config: Config, shards: ShardSet, world: World) -> dict[str, ValidationSet]:

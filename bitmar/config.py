@@ -230,6 +230,7 @@ class TrainingConfig:
 class EngineConfig:
     ds_config: str = "ds_configs/zero1.json"
     activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile; not under ZeRO-3
     threads_per_rank: int | None = None  # CPU threads; None: cores divided by the node's ranks
     timeout_s: int = 1800  # a collective that takes longer ends the run
 
@@ -245,10 +246,19 @@ class EngineConfig:
 class CheckpointConfig:
     every_steps: int = 500
     keep_last: int = 2
+    keep_best: int = 0  # by Validation/Loss, besides the last ones
+    # words seen at which one is made and kept for ever; true: BabyLM's, 1M..10M, 20M..100M, 200M..1000M
+    word_milestones: bool | tuple[int, ...] = False
     resume: str = "auto"  # auto | never | a checkpoint's folder
 
     def __post_init__(self) -> None:
         _positive("checkpoint", self, "every_steps", "keep_last")
+        _not_negative("checkpoint", self, "keep_best")
+        counts = () if isinstance(self.word_milestones, bool) else self.word_milestones
+        _require(
+            all(count > 0 for count in counts),
+            f"checkpoint.word_milestones must be > 0, got {list(counts)}",
+        )
         _require(bool(self.resume), "checkpoint.resume must be auto, never or a checkpoint's folder, got ''")
 
 
@@ -312,6 +322,12 @@ class Config:
         _require(
             not recall or t.micro_batch % m.recall_group == 0,
             f"training.micro_batch {t.micro_batch} must be a multiple of model.recall_group {m.recall_group}",
+        )
+        every, validated = self.checkpoint.every_steps, self.validation.every_steps
+        _require(
+            self.checkpoint.keep_best == 0 or every % validated == 0,
+            f"checkpoint.keep_best needs a validation at every checkpoint: checkpoint.every_steps {every} must be a "
+            f"multiple of validation.every_steps {validated}",
         )
         names = [p.name for p in self.phases]
         _require(len(set(names)) == len(names), f"phases need names of their own, got {names}")
@@ -430,7 +446,10 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         _require(value in args, f"{path} must be one of {', '.join(map(str, args))}, got {value!r}")
         return value
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, path)
+        if value is None and type(None) in args:
+            return None
+        kinds = [a for a in args if a is not type(None) and (a is not bool or isinstance(value, bool))] or [bool]
+        return _convert(kinds[0], value, path)
     if origin is tuple:
         _require(isinstance(value, list), f"{path} must be a list, got {value!r}")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))

@@ -22,8 +22,8 @@ import torch
 from bitmar.assembly import Run, Window, assemble
 from bitmar.batch import IGNORE, Batch
 from bitmar.config import Config, ConfigError, load_config
-from bitmar.engine import checkpoint
-from bitmar.engine.checkpoint import CheckpointError
+from bitmar.engine.checkpoint import CheckpointError, Saved
+from bitmar.engine.retention import Keep
 from bitmar.engine.schedule import Rates, rates_at
 from bitmar.engine.step import StepResult, train_step
 from bitmar.engine.world import World, is_lost_peer, join_world, leave_world
@@ -124,13 +124,20 @@ def loop(run: Run) -> None:
         observe(run, rows, result)
         step = run.progress.step
         run.window.seconds += time.perf_counter() - started
-        saves = step % config.checkpoint.every_steps == 0
+        passed = run.milestones.passed(lambda: words_seen(run))
+        saves = step % config.checkpoint.every_steps == 0 or bool(passed)
         if step % config.logging.log_every_n_steps == 0 or saves or step == run.last_step:
             log(run, state, rates)
         if step % config.validation.every_steps == 0:
             hold_validation(run)
         if saves:
-            save(run)
+            save(run, passed)
+        tell_saved(run, run.saver.poll())
+
+
+def words_seen(run: Run) -> int:
+    """By all ranks since the run began; waits for the device."""
+    return run.progress.words + int(run.counted[0])
 
 
 def next_step(run: Run, steps: Iterator[tuple[LoaderState, list[Rows]]]) -> tuple[LoaderState, list[Rows]]:
@@ -156,7 +163,7 @@ def stop_for_data(run: Run, problem: str | None) -> NoReturn:
         state = LoaderState(run.progress.phase, run.progress.position)
         log(run, state, rates_at(run.progress.step, sum(run.lengths), run.config.optimizer))
     if run.progress.step > 0:
-        save(run)
+        save(run, wait=True)
     raise DataError(problem)
 
 
@@ -266,29 +273,43 @@ def hold_validation(run: Run) -> float | None:
     return run.validation.get("Validation/Loss", run.validation.get("Validation/Loss_Text"))
 
 
-def save(run: Run) -> None:
-    """Write a checkpoint of a step just logged, unless the last one is of it. Raises TrainingError, not to save NaN."""
-    if run.saved_at == run.progress.step:
-        return
-    if not math.isfinite(float(run.engine.gradient_norm)):
-        raise TrainingError(f"the gradient is {run.engine.gradient_norm} at step {run.progress.step}: not saved")
-    path = checkpoint.save(
-        run.config.run_directory,
-        run.engine,
-        run.memory,
-        run.progress,
-        run.identity,
-        run.world,
-        run.config.checkpoint.keep_last,
-    )
-    run.saved_at = run.progress.step
-    run.sinks.event("checkpoint", step=run.progress.step, path=str(path))
+def save(run: Run, milestones: tuple[int, ...] = (), wait: bool = False) -> None:
+    """Begin a checkpoint of a step just logged, unless the last one is of it; `wait`: until it is on the disk.
+
+    Raises TrainingError, not to save NaN.
+    """
+    if run.saved_at != run.progress.step:
+        if not math.isfinite(float(run.engine.gradient_norm)):
+            raise TrainingError(f"the gradient is {run.engine.gradient_norm} at step {run.progress.step}: not saved")
+        loss = run.validation.get("Validation/Loss") if run.validated_at == run.progress.step else None
+        run.saved_at = run.progress.step
+        keep = Keep(milestones, loss)
+        tell_saved(run, run.saver.save(run.engine, run.memory, run.progress, run.identity, keep))
+    if wait:
+        tell_saved(run, run.saver.wait())
+
+
+def tell_saved(run: Run, ended: list[Saved]) -> None:
+    """Log how saves ended. One that failed has taken nothing away, and training goes on."""
+    for saved in ended:
+        if saved.problem is not None:
+            run.sinks.event("checkpoint_failed", step=saved.step, problem=saved.problem)
+            run.saved_at = -1 if run.saved_at == saved.step else run.saved_at
+        else:
+            hold = round(saved.hold_seconds, 4)
+            run.sinks.event("checkpoint", step=saved.step, path=str(saved.path), hold_seconds=hold)
+        if saved.left_over is not None:
+            run.sinks.event("warning", problem=saved.left_over)
 
 
 def finish(run: Run) -> None:
     """Validate and save where the run ended, plot it, and write summary.json."""
     hold_validation(run)
-    save(run)
+    save(run, wait=True)
+    if run.saved_at != run.progress.step:
+        raise TrainingError(
+            "the last checkpoint could not be written (events.jsonl says why); make room, and the same command goes on"
+        )
     if not run.world.is_first:
         return
     directory = run.config.run_directory

@@ -7,77 +7,34 @@ stage takes the same path. The optimiser is torch's fused AdamW, so nothing is c
 
 from __future__ import annotations
 
-import json
 import logging
+import math
+import os
+import shutil
+import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor, nn
 
 from bitmar.batch import Batch
 from bitmar.config import COMPONENTS, Config, ConfigError
+from bitmar.engine.ds_config import fit_ds_config, read_ds_config, uses_nvme
+from bitmar.engine.fragments import KINDS, Fragment
 from bitmar.engine.schedule import Rates
 from bitmar.engine.world import World
 from bitmar.model.bitmar import BitMar, Outputs, component_parameters
+from bitmar.model.blocks import Block
 from bitmar.model.memory import MemoryState
 
-RECIPE_OWNS = {
-    "train_batch_size": "training.global_batch",
-    "train_micro_batch_size_per_gpu": "training.micro_batch",
-    "gradient_accumulation_steps": "training.global_batch and training.micro_batch",
-    "gradient_clipping": "training.gradient_clip",
-    "optimizer": "optimizer.*",
-    "scheduler": "optimizer.*",
-    "bf16": "training.precision",
-    "fp16": "training.precision",
-    "torch_autocast": "training.precision",
-    "wandb": "logging.*",
-    "tensorboard": "logging.*",
-    "activation_checkpointing": "engine.activation_checkpointing",
-}
-
-
-@dataclass(frozen=True)
-class ParameterState:
-    """One whole parameter with its optimiser moments, all fp32 and of the parameter's shape."""
-
-    name: str
-    weight: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-
-def read_ds_config(path: Path) -> dict[str, Any]:
-    """Read a ds_config and refuse what the recipe owns. Raises ConfigError."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"engine.ds_config {path} does not exist; see ds_configs/") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"engine.ds_config {path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"engine.ds_config {path} must hold an object, got {type(config).__name__}")
-    for key, owner in RECIPE_OWNS.items():
-        if key in config:
-            raise ConfigError(f"{path}: {key} belongs to the recipe ({owner}); remove it from the ds_config")
-    section = config.get("zero_optimization")
-    stage = section.get("stage") if isinstance(section, dict) else None
-    if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
-    return config
+# (kind, parameter, first number, end) -> those numbers, fp32 on the CPU
+ReadPiece = Callable[[str, str, int, int], Tensor]
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -94,7 +51,14 @@ class ZeroEngine:
     """Forward, backward and step of one model under the configured ZeRO stage."""
 
     def __init__(self, model: BitMar, config: Config, world: World) -> None:
-        ds_config = read_ds_config(Path(config.engine.ds_config))
+        path = Path(config.engine.ds_config)
+        ds_config = fit_ds_config(read_ds_config(path), path, world)
+        if uses_nvme(ds_config) and not AsyncIOBuilder().is_compatible():
+            raise ConfigError(
+                f"{path}: offload to NVMe needs libaio and a C++ compiler on every node (apt install libaio-dev g++)"
+            )
+        if config.engine.compile:
+            _compile_blocks(model, ds_config)
         config.check_world(world.size)
         self.world = world
         self.stage: int = ds_config["zero_optimization"]["stage"]
@@ -102,7 +66,7 @@ class ZeroEngine:
         self.gradient_norm: float | Tensor = 0.0  # before clipping, of the last step
         self._scale = float(world.size)  # DeepSpeed averages over ranks; losses are already divided globally
         self._frozen: set[str] = set()
-        self._names = [name for name, _ in model.named_parameters()]
+        self._parameters: list[tuple[str, Any]] = list(model.named_parameters())
         self._hook_gradients(model)
         groups = _optimizer_groups(model)
         optimizer = torch.optim.AdamW(
@@ -126,6 +90,7 @@ class ZeroEngine:
             "gradient_clipping": self.clip,
             "steps_per_print": 10**12,
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps offloaded tensors without a build
         }
         # untyped: what DeepSpeed hands out differs by stage
         self._engine: Any
@@ -167,48 +132,88 @@ class ZeroEngine:
         if boundary and self.stage > 0:
             self.gradient_norm = self._engine.get_global_grad_norm()
 
-    def states(self) -> Iterator[ParameterState]:
-        """Every parameter whole, one at a time, the same on all ranks. A collective: all ranks iterate."""
-        for name, p in zip(self._names, self.module.parameters(), strict=True):
-            if self.stage == 0:
-                state = self._optimizer.state[p]
-                yield ParameterState(name, p.detach(), state["exp_avg"], state["exp_avg_sq"])
-            else:
-                parts: list[Any] = [safe_get_full_fp32_param(p)]
-                parts += [safe_get_full_optimizer_state(p, key) for key in ("exp_avg", "exp_avg_sq")]
-                yield ParameterState(name, *(part.view(whole_shape(p)) for part in parts))
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank owns of weights and moments; together the ranks own every number once. No collective.
 
-    def load_states(self, states: Iterator[ParameterState], adam_step: int) -> None:
-        """Set weights, moments and the optimiser's step from whole parameters, in `parameter_shapes` order."""
-        for p, state in zip(self.module.parameters(), states, strict=True):
-            if self.stage == 0:
-                p.data.copy_(state.weight)
-                self._optimizer.state[p]["exp_avg"].copy_(state.exp_avg)
-                self._optimizer.state[p]["exp_avg_sq"].copy_(state.exp_avg_sq)
-                continue
-            if self.stage == 3:
-                safe_set_local_fp32_param(p, self._own_part(p, state.weight))
-                safe_set_local_optimizer_state(p, self._own_part(p, state.exp_avg), "exp_avg")
-                safe_set_local_optimizer_state(p, self._own_part(p, state.exp_avg_sq), "exp_avg_sq")
-                with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-                    if self.world.is_first:
-                        p.data.copy_(state.weight)
-            else:
-                safe_set_full_fp32_param(p, state.weight)
-                safe_set_full_optimizer_state(p, state.exp_avg, "exp_avg")
-                safe_set_full_optimizer_state(p, state.exp_avg_sq, "exp_avg_sq")
-                p.data.copy_(state.weight)
+        Views of the engine's own state, or of buffers that are used again when the next fragment is asked for.
+        Under ZeRO-0, where every rank holds everything, an even share of all numbers.
+        """
+        total = sum(math.prod(shape) for shape in self.parameter_shapes().values())
+        share = (self.world.rank * total // self.world.size, (self.world.rank + 1) * total // self.world.size)
+        return self._pieces(share, changed=False)
+
+    def load(self, read: ReadPiece, adam_step: int) -> None:
+        """Set weights, moments and the optimiser's step, each rank reading its own part. A collective."""
+        if self.stage == 3:
+            self._optimizer._partition_all_parameters()
+        for fragment in self._pieces((0, sys.maxsize), changed=True):
+            for kind, tensor in fragment.tensors.items():
+                tensor.copy_(read(kind, fragment.name, fragment.start, fragment.start + len(tensor)))
         for state in self._torch_optimizer.state.values():
             state["step"].fill_(adam_step)
+        if self.stage in (1, 2):
+            self._optimizer.update_lp_params()
+        elif self.stage == 3:  # as after a step (stage3.py, _post_step)
+            persistent = self._optimizer.persistent_parameters
+            if persistent:
+                persistent[0].all_gather(persistent)
+            self._optimizer.invalidate_secondary_tensor()
 
-    def _own_part(self, p: Any, whole: Tensor) -> Tensor:
-        """This rank's part of a ZeRO-3 parameter; the last parts are padded, which DeepSpeed's setter cannot do."""
-        size = p.ds_tensor.numel()
-        flat = nn.functional.pad(whole.flatten(), (0, size * self.world.size - whole.numel()))
-        return flat.narrow(0, self.world.rank * size, size)
+    def _pieces(self, share: tuple[int, int], changed: bool) -> Iterator[Fragment]:
+        """The pieces of this rank; `share`: its numbers, counted over all parameters, where a rank holds all."""
+        if self.stage == 3:
+            yield from self._partitioned_pieces(changed)
+            return
+        offset = 0
+        for name, p in self._parameters:
+            if self.stage == 0:
+                begin, end = max(share[0] - offset, 0), min(share[1] - offset, p.numel())
+                state = self._optimizer.state[p]
+                held = {"model": p.detach(), **{key: state[key] for key in KINDS[1:]}}
+                if begin < end:
+                    yield Fragment(name, begin, {kind: t.view(-1)[begin:end] for kind, t in held.items()})
+                offset += p.numel()
+                continue
+            mapping = p._hp_mapping
+            if mapping is not None:
+                held = {"model": mapping.hp_fragment.detach(), **mapping.optim_fragment}
+                yield Fragment(name, mapping.lp_fragment_address.start, {kind: held[kind] for kind in KINDS})
+
+    def _partitioned_pieces(self, changed: bool) -> Iterator[Fragment]:
+        """ZeRO-3: this rank's partition of each parameter, without the padding of the last one."""
+        zero = self._optimizer
+        members: dict[int, list[tuple[str, Any, int]]] = {}
+        for name, p in self._parameters:
+            group, offset, _ = zero.grad_position[zero.get_param_id(p)]
+            members.setdefault(group, []).append((name, p, offset))
+        for group, parameters in sorted(members.items()):
+            with self._subgroup(group, changed) as held:
+                for name, p, offset in parameters:
+                    size = p.ds_tensor.ds_numel
+                    begin = self.world.rank * size
+                    length = min(size, p.ds_numel - begin)
+                    if length > 0:
+                        yield Fragment(name, begin, {k: t.narrow(0, offset, length) for k, t in held.items()})
+
+    @contextmanager
+    def _subgroup(self, group: int, changed: bool) -> Iterator[dict[str, Tensor]]:
+        """ZeRO-3's flat weights and moments of a group; those that lie on NVMe are read in, and written if changed."""
+        zero = self._optimizer
+        swapped = zero._swappable_optimizer_subgroup(group)
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_in(group)
+        flat = zero.fp32_partitioned_groups_flat[group]
+        state = zero.optimizer.state[flat]
+        yield {"model": flat.detach(), **{key: state[key] for key in KINDS[1:] if key in state}}
+        if changed:
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if swapped and changed:
+            zero._optimizer_states_and_gradient_swap_out(group)
+        elif swapped:
+            zero._release_swap_buffers(group)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {n: whole_shape(p) for n, p in zip(self._names, self.module.parameters(), strict=True)}
+        return {n: whole_shape(p) for n, p in self._parameters}
 
     def adam_step(self) -> int:
         """Updates made so far, as the optimiser counts them."""
@@ -225,20 +230,22 @@ class ZeroEngine:
         With several parameter groups DeepSpeed's ZeRO-1/2 links the state after the first group's step, when the
         other groups have none; made here, it is there for all.
         """
-        optimizer = self._torch_optimizer
-        partitions = [p for group in optimizer.param_groups for p in group["params"]]
         if self.stage == 3:
-            partitions = list(self._optimizer.fp32_partitioned_groups_flat)
-        for p in partitions:
-            if not optimizer.state[p]:
-                step = torch.zeros((), dtype=torch.float32, device=p.device)
-                optimizer.state[p] = {
-                    "step": step,
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+            for group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
+                with self._subgroup(group, changed=True):
+                    self._add_state(self._optimizer.fp32_partitioned_groups_flat[group])
+            return
+        for group in self._torch_optimizer.param_groups:
+            for p in group["params"]:
+                self._add_state(p)
         if self.stage in (1, 2):
             self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _add_state(self, p: Tensor) -> None:
+        state = self._torch_optimizer.state
+        if not state[p]:
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     def _hook_gradients(self, model: BitMar) -> None:
         """Zero the gradient of frozen components before the engine sees it (and its norm and moments)."""
@@ -249,6 +256,24 @@ class ZeroEngine:
         for component, parameters in component_parameters(model).items():
             for _, parameter in parameters:
                 parameter.register_hook(hook_for(component))
+
+
+def _compile_blocks(model: BitMar, ds_config: dict[str, Any]) -> None:
+    """torch.compile of the transformer blocks, whose code is compiled once for all layers. Raises ConfigError.
+
+    The memory and the packing of rows depend on values and would break every graph of the whole model.
+    """
+    if ds_config["zero_optimization"]["stage"] == 3:
+        raise ConfigError(
+            "engine.compile: under ZeRO-3 every module's hooks make torch.compile start anew until it gives up; take "
+            "ZeRO-2 or less, or engine.compile=false"
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(f"engine.compile needs a C++ compiler, and {compiler} is not there (apt install g++)")
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
 
 
 def whole_shape(p: nn.Parameter) -> tuple[int, ...]:

@@ -40,6 +40,19 @@ OVERRIDES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "vocabulary": (["model.vocab_size=100"], ("model.vocab_size 100", "--vocab-size")),
     "vector width": (["model.vision_encoder_dim=64"], ("model.vision_encoder_dim 64", "768")),
     "shards": (["data.shards=nowhere"], ("nowhere", "tools/make_shards.py")),
+    "best without validation": (
+        ["checkpoint.keep_best=1", "validation.every_steps=3"],
+        ("checkpoint.keep_best", "checkpoint.every_steps 5", "validation.every_steps 3"),
+    ),
+    "milestones": (["checkpoint.word_milestones=soon"], ("checkpoint.word_milestones", "list")),
+    "compile under ZeRO-3": (
+        ["engine.compile=true", f"engine.ds_config={ROOT / 'ds_configs' / 'zero3.json'}"],
+        ("engine.compile", "ZeRO-3"),
+    ),
+    "GPUs on a CPU": (
+        [f"engine.ds_config={ROOT / 'ds_configs' / 'zeropp.json'}"],
+        ("zeropp.json", "zero_quantized_weights", "needs GPUs"),
+    ),
     "ds_config": (["engine.ds_config=zero9.json"], ("engine.ds_config zero9.json", "does not exist")),
 }
 # found once the engine stands: the model is that of a checkpoint, the phases fit the shards
@@ -57,6 +70,14 @@ DS_CONFIGS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "an optimizer": (json.dumps({"zero_optimization": {"stage": 1}, "optimizer": {}}), ("optimizer", "remove")),
     "no stage": ("{}", ("zero_optimization.stage", "0, 1, 2 or 3")),
+    "a hierarchy of no node": (
+        json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}),
+        ("zero_hpz_partition_size", "1 ranks", "auto"),
+    ),
+    "no folder for NVMe": (
+        json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": ""}}}),
+        ("offload_optimizer.nvme_path", "local disk"),
+    ),
     "no JSON": ("{stage: 1}", ("is not JSON",)),
     "no object": ("[]", ("must hold an object",)),
 }
@@ -129,6 +150,19 @@ def test_batch_that_ranks_do_not_divide(
         monkeypatch.setenv(name, value)
     path = write_recipe(tmp_path / "recipe.yaml", good)
     refused(capsys, ["--config", str(path)], tmp_path / "runs", ("global_batch 16", "3 ranks", "multiple of 12"))
+
+
+def test_what_needs_a_compiler_is_refused_without_one(
+    good: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = write_recipe(tmp_path / "recipe.yaml", good)
+    config = json.loads((ROOT / "ds_configs" / "zero3-nvme.json").read_text())
+    config["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(tmp_path / "swap")
+    (tmp_path / "nvme.json").write_text(json.dumps(config))
+    arguments = ["--config", str(path), f"engine.ds_config={tmp_path / 'nvme.json'}"]
+    refused(capsys, arguments, tmp_path / "runs", ("nvme.json", "libaio", "C++ compiler"))
+    refused(capsys, ["--config", str(path), "engine.compile=true"], tmp_path / "runs", ("engine.compile", "g++"))
 
 
 @pytest.mark.parametrize("damage", ["manifest", "tokenizer", "index"])

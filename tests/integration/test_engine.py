@@ -5,7 +5,13 @@ The ranks are spawned once a world size and build engine after engine.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +28,10 @@ from bitmar.model.bitmar import BitMar
 from bitmar.model.memory import Episodes, MemoryState, commit
 from tests.support.batches import caption_batch, slice_batch, small_model, text_batch
 from tests.support.ranks import run_ranks
+from tests.support.states import whole_states
 
 STAGES = (0, 1, 2, 3)
+OFFLOADS = ("zero2-offload", "zero3-offload")
 STEPS = 20
 ROWS = 8
 LOSSES = {"lm": 1.0, "contrastive": 0.5, "recall": 0.3}
@@ -42,7 +50,9 @@ def cases(world_size: int) -> list[Case]:
     return found + [(False, stage, 8 // world_size, 8) for stage in (0, 2)]
 
 
-def config_of(quantized: bool, stage: int, micro: int, group: int, addressing: str = "attention") -> Config:
+def config_of(
+    quantized: bool, stage: int, micro: int, group: int, addressing: str = "attention", ds_config: str = ""
+) -> Config:
     phase = PhaseConfig("all", {"pairs": 1.0}, LOSSES, write_memory=True, steps=STEPS)
     model = small_model(
         width=64, ffn_width=96, quantization=quantized, contrastive_group=group, memory_addressing=addressing
@@ -55,7 +65,7 @@ def config_of(quantized: bool, stage: int, micro: int, group: int, addressing: s
         model=model,
         training=TrainingConfig(global_batch=ROWS, micro_batch=micro),
         optimizer=OptimizerConfig(warmup_steps=5, peak_rate=rates[0], second_rate=rates[1]),
-        engine=EngineConfig(ds_config=f"ds_configs/zero{stage}.json"),
+        engine=EngineConfig(ds_config=ds_config or f"ds_configs/zero{stage}.json"),
     )
 
 
@@ -77,8 +87,8 @@ def build(config: Config, world: World) -> ZeroEngine:
     return ZeroEngine(BitMar(config.model, seed=1), config, world)
 
 
-def moments(engine: ZeroEngine) -> dict[str, torch.Tensor]:
-    return {state.name: state.exp_avg.clone() for state in engine.states()}
+def part_of(engine: ZeroEngine, world: World, kind: str) -> dict[str, torch.Tensor]:
+    return {name: states[kind] for name, states in whole_states(engine, world).items()}
 
 
 def train_case(world: World, config: Config) -> dict[str, Any]:
@@ -93,7 +103,7 @@ def train_case(world: World, config: Config) -> dict[str, Any]:
         losses.append(float(world.sum(result.objective)))
         norms.append(float(result.gradient_norm))
         if step == 0:
-            first = moments(engine)
+            first = part_of(engine, world, "exp_avg")
     return {"losses": losses, "norms": norms, "first": first, "memory": memory.tensors()}
 
 
@@ -105,13 +115,13 @@ def freeze_case(world: World, stage: int) -> dict[str, Any]:
     engine.set_rates(Rates(1e-3, 0.1), COMPONENTS)
     for step in range(3):
         train_step(engine, share(global_batch(step), config, world), memory, config.phases[0], config, world, step)
-    before = {s.name: s.weight.clone() for s in engine.states()}
+    before = part_of(engine, world, "model")
     engine.set_rates(Rates(1e-3, 0.1), TEXT_PARTS)
     phase = PhaseConfig("text", {"text": 1.0}, {"lm": 1.0}, train=TEXT_PARTS, steps=5)
     for step in range(5):
         batch = text_batch(rows=ROWS, seed=step) if step % 2 else caption_batch(rows=ROWS, seed=step)
         train_step(engine, share(batch, config, world), memory, phase, config, world, step)
-    after = {s.name: s.weight.clone() for s in engine.states()}
+    after = part_of(engine, world, "model")
     return {name: bool(torch.equal(before[name], after[name])) for name in before}
 
 
@@ -131,11 +141,49 @@ def write_case(world: World) -> dict[str, torch.Tensor]:
     return memory.tensors()
 
 
+def compiled_case(world: World) -> dict[str, Any]:
+    plain = config_of(False, 1, 8, 4)
+    return train_case(world, dataclasses.replace(plain, engine=dataclasses.replace(plain.engine, compile=True)))
+
+
+def collectives_case(world: World, stage: int) -> list[int]:
+    """How many collectives the backward pass and step of each of two micro-batches start."""
+    config = config_of(False, stage, 2, 4)
+    engine = build(config, world)
+    memory = MemoryState.empty(config.model.memory_size, config.model.episode_dim)
+    engine.set_rates(Rates(1e-3, 0.1), COMPONENTS)
+    counts = []
+    for batch in share(global_batch(0), config, world):
+        outputs = engine.forward(batch, memory)
+        loss = outputs.logits.float().square().mean() + 0.0 * outputs.side_sum()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            engine.backward(loss)
+            engine.step()
+        counts.append(sum(event.count for event in profile.key_averages() if event.key.startswith("c10d::")))
+    return counts
+
+
+def hierarchy(world: World) -> str:
+    """ZeRO++ as far as it runs on a CPU: the weights kept in parts a node, without its quantised messages."""
+    config = json.loads(Path("ds_configs/zeropp.json").read_text())
+    for key in ("zero_quantized_weights", "zero_quantized_gradients"):
+        assert config["zero_optimization"].pop(key) is True
+    path = Path(tempfile.mkdtemp()) / f"hierarchy{world.rank}.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
 def matrix(world: World) -> dict[str, Any]:
     results: dict[str, Any] = {str(case): train_case(world, config_of(*case)) for case in cases(world.size)}
     for stage in (0, 3):
         larimar = config_of(False, stage, ROWS // world.size, 4, "larimar")
         results[f"larimar {stage}"] = train_case(world, larimar)
+    for name in OFFLOADS:
+        file = f"ds_configs/{name}.json"
+        results[name] = train_case(world, config_of(False, 0, 4, 4, ds_config=file))  # accumulates on one rank
+    results["hierarchy"] = train_case(world, config_of(False, 0, 4, 4, ds_config=hierarchy(world)))
+    if world.size == 2:
+        results |= {f"collectives {stage}": collectives_case(world, stage) for stage in STAGES}
     results["write"] = write_case(world)
     for stage in STAGES:
         results[f"freeze {stage}"] = freeze_case(world, stage)
@@ -179,6 +227,27 @@ def test_one_rank_is_two_micro_batches_is_two_ranks(
     check(two[0][str((rounding, stage, 4, 4))], reference, rounding)
     if not rounding:
         check(two[0][str((rounding, stage, 2, 4))], reference, rounding)
+
+
+@pytest.mark.parametrize("name", [*OFFLOADS, "hierarchy"])
+def test_offload_and_hierarchy_take_the_same_steps(alone: dict[str, Any], two: list[dict[str, Any]], name: str) -> None:
+    reference = alone[str((False, 0, 8, 4))]
+    check(alone[name], reference, rounding=False)
+    check(two[0][name], reference, rounding=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_take_the_same_steps(alone: dict[str, Any], tmp_path: Path) -> None:
+    check(run_ranks(1, tmp_path, compiled_case)[0], alone[str((False, 0, 8, 4))], rounding=False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_are_exchanged_once_a_step_where_zero_allows(two: list[dict[str, Any]], stage: int) -> None:
+    """ZeRO-2 and 3 hold no whole gradient, so they must reduce it in every micro-batch."""
+    first, last = two[0][f"collectives {stage}"]
+    assert last > 0
+    assert (first == 0) == (stage < 2)
 
 
 @pytest.mark.parametrize("stage", [0, 2])

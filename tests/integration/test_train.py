@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bitmar.assembly import assemble, open_loader
-from bitmar.config import load_config
+from bitmar.config import ConfigError, load_config
 from bitmar.engine.checkpoint import CheckpointError, Progress, checkpoint_directories
 from bitmar.engine.world import World
 from bitmar.observability.records import EVENTS_FILE, read_lines
@@ -48,9 +48,9 @@ NOT_FILLED = {m.name for m in SCHEMA if "GPU" in m.name}
 
 
 def scenario(world: World, folder: str, shards: str) -> dict[str, Any]:
-    """All trainings of this file. Rank 1 has a runs directory of its own, which must never appear."""
+    """All trainings of this file."""
     base = Path(folder)
-    runs = base / ("runs" if world.is_first else "runs-of-rank-1")
+    runs = base / "runs"
 
     def start(name: str, *overrides: str, stage: int) -> None:
         config = tiny_config(base / f"recipes{world.rank}", Path(shards), runs, name, *overrides, stage=stage)
@@ -72,7 +72,13 @@ def scenario(world: World, folder: str, shards: str) -> dict[str, Any]:
     world.barrier()
     start("crossed", stage=3)
     start("wide", "model.width=128", f"model.vocab_size={DEMO_VOCABULARY}", "training.max_steps=1", stage=1)
-    return {"memory kept": validation_keeps_memory(world, base, runs, Path(shards))}
+    apart = base / ("apart" if world.is_first else "apart-of-rank-1")
+    try:
+        train(tiny_config(base / f"recipes{world.rank}", Path(shards), apart, "apart"), world)
+        refused = ""
+    except ConfigError as error:
+        refused = str(error)
+    return {"memory kept": validation_keeps_memory(world, base, runs, Path(shards)), "apart": refused}
 
 
 def validation_keeps_memory(world: World, base: Path, runs: Path, shards: Path) -> bool:
@@ -140,10 +146,13 @@ def test_recomputed_activations_change_no_bit(runs: Path) -> None:
     )
 
 
-def test_rank_0_alone_writes(trained: tuple[Path, list[dict[str, Any]]]) -> None:
-    folder, _ = trained
-    assert (folder / "runs" / "straight1" / "summary.json").is_file()
-    assert not (folder / "runs-of-rank-1").exists()
+def test_a_folder_that_the_ranks_do_not_share_is_refused(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, found = trained
+    said, same = (rank["apart"] for rank in found)
+    assert said.replace("apart-of-rank-1", "apart") == same.replace("apart-of-rank-1", "apart")
+    assert "run.directory" in said
+    assert "rank 1" in said
+    assert not (folder / "apart-of-rank-1").exists()
 
 
 def test_validation_changes_nothing_in_the_memory(trained: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -229,7 +238,7 @@ def refusals(world: World, cases: list[tuple[str, str, list[str]]], folder: str,
     return said
 
 
-DAMAGED = ("parameters-00000.safetensors", "memory.safetensors", "rng.safetensors")
+DAMAGED = ("parameters-00000.safetensors", "parameters-00001.safetensors", "memory.safetensors", "state.json")
 CHANGED = {
     "model.memory_size": ["model.memory_size=9"],
     "run.seed": ["run.seed=2"],
@@ -247,9 +256,15 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(
     expected: list[tuple[str, ...]] = []
     for number, name in enumerate(DAMAGED):
         shutil.copytree(half, tmp_path / f"damaged{number}")
-        flip_byte(newest(tmp_path / f"damaged{number}") / name)
-        cases.append((f"damaged{number}", "", []))
+        damaged = newest(tmp_path / f"damaged{number}")
+        flip_byte(damaged / name)
+        cases.append((f"damaged{number}", "", [f"checkpoint.resume={damaged}"]))
         expected.append((name, "damaged", "remove"))
+    shutil.copytree(half, tmp_path / "hopeless")
+    for directory in checkpoint_directories(tmp_path / "hopeless"):
+        (directory / "parameters-00001.safetensors").unlink()
+    cases.append(("hopeless", "", []))
+    expected.append(("step_00000010", "parameters-00001.safetensors is missing", "no earlier checkpoint is whole"))
     shutil.copytree(half, tmp_path / "whole")
     for key, overrides in CHANGED.items():
         cases.append(("whole", "", overrides))
@@ -269,6 +284,23 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(
         if "recipes" not in str(path.relative_to(tmp_path))
     }
     assert {p: t for p, t in after.items() if p != tmp_path} == {p: t for p, t in before.items() if p != tmp_path}
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    trained: tuple[Path, list[dict[str, Any]]], tmp_path: Path, tiny_shards: Path
+) -> None:
+    shutil.copytree(trained[0] / "half1", tmp_path / "passing")
+    folder = tmp_path / "passing" / "checkpoints"
+    flip_byte(folder / "step_00000010" / "parameters-00001.safetensors")
+    (folder / "step_00000012").mkdir()  # half there: no state.json
+    case = ("passing", "", ["training.max_steps=7"])
+    said = run_ranks(1, tmp_path / "ranks", refusals, [case], str(tmp_path), str(tiny_shards))
+    assert said == [[""]]
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"damaged_step_00000010", "step_00000005", "step_00000007", "step_00000012"}
+    (event,) = [e for e in read_lines(tmp_path / "passing" / EVENTS_FILE) if e["kind"] == "checkpoint_passed_over"]
+    assert "parameters-00001.safetensors is damaged" in event["problem"]
+    assert [line["Training/Step"] for line in metrics(tmp_path / "passing") if "Training/Loss" in line][-2:] == [6, 7]
 
 
 def test_a_run_goes_on_from_the_checkpoint_that_it_is_told(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from bitmar.config import Config, load_config
 from bitmar.engine.checkpoint import checkpoint_directories
+from bitmar.engine.fragments import KINDS, MEMORY_FILE, FragmentReader, read_generator, read_state, state_shapes
 from bitmar.observability.records import METRICS_FILE, read_lines
 from tests.support.batches import small_model
 
@@ -101,11 +103,20 @@ def metrics(run_directory: Path, after: int = -1) -> list[dict[str, Any]]:
 
 
 def checkpoint_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint: weights, both moments, memory, generators."""
-    found: dict[str, Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        prefix = "" if path.name.startswith("parameters-") else path.stem + "."
-        found |= {prefix + name: tensor for name, tensor in load_file(path).items()}
+    """Every tensor of a checkpoint: weights and both moments put together, memory, generators."""
+    state = read_state(directory)
+    shapes = state_shapes(state)
+    reader = FragmentReader(directory, state["files"], shapes)
+    found = {
+        f"{kind}.{name}": reader.read(kind, name, 0, math.prod(shape)).view(shape)
+        for name, shape in shapes.items()
+        for kind in KINDS
+    }
+    found |= {f"memory.{name}": tensor for name, tensor in load_file(directory / MEMORY_FILE).items()}
+    for rank in range(state["world"]["ranks"]):
+        generator = read_generator(directory, rank)
+        assert generator is not None
+        found[f"rng.{rank}"] = generator
     return found
 
 

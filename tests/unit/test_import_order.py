@@ -56,6 +56,9 @@ bitmar.model.text bitmar.model.vision bitmar.model.fusion bitmar.model.memory
 bitmar.model.bitmar
 bitmar.losses
 bitmar.engine.schedule
+bitmar.engine.ds_config
+bitmar.engine.fragments
+bitmar.engine.retention
 bitmar.engine.zero
 bitmar.engine.step
 bitmar.engine.checkpoint
