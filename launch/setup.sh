@@ -67,6 +67,7 @@ launch_local() {
     shift
     [ "$(count_gpus)" -gt 0 ] || export DS_ACCELERATOR=cpu
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    export BITMAR_LAUNCHER_PID=$$ # the ranks end with this script, even by kill -9
     set -m
     (
         trap '' INT # DeepSpeed's inner launcher still takes it: it ends the ranks and then itself

@@ -18,6 +18,25 @@ case "${1:-}" in
 esac
 set_up
 
+# Tests over several hosts need programs that only root can install, as only root can run them. Not on a machine with
+# services, where Debian would start the sshd for all the world.
+install_programs() {
+    local missing=()
+    command -v ip >/dev/null || missing+=(iproute2)
+    [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
+    command -v ssh >/dev/null || missing+=(openssh-client)
+    command -v pdsh >/dev/null || missing+=(pdsh)
+    [ ${#missing[@]} -gt 0 ] || return 0
+    if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null && [ ! -d /run/systemd/system ]; then
+        echo "installing ${missing[*]}"
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    else
+        echo "the tests over several hosts are skipped; they need root and: apt-get install ${missing[*]}" >&2
+    fi
+}
+[ "$marks" = 'not slow and not soak' ] || install_programs
+
 failed=()
 check() { # name, command...
     local name=$1
@@ -32,6 +51,7 @@ export WANDB_MODE=offline WANDB_SILENT=true PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 check "ruff check" ruff check
 check "ruff format" ruff format --check
 check "pyright" pyright
+check "shellcheck" shellcheck -x launch/*.sh launch/*.sbatch tests/run.sh .ci/run
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED before the tests: ${failed[*]}"
 fi
