@@ -15,6 +15,8 @@ from torch import Tensor
 from bitmar.config import Config, ConfigError, dump_config
 from bitmar.engine import checkpoint
 from bitmar.engine.checkpoint import CheckpointError, Progress
+from bitmar.engine.faults import START_UP_S, Guard, Notice, Stopped
+from bitmar.engine.schedule import Rates
 from bitmar.engine.world import World
 from bitmar.engine.zero import ZeroEngine, choose_precision
 from bitmar.model.bitmar import BitMar, parameter_counts
@@ -36,11 +38,13 @@ class Window:
     words: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    last: tuple[LoaderState, Rates] | None = None  # of the last step
 
 
 @dataclass
 class Run:
-    """The parts of a run, assembled once. `memory`, `progress`, `window` and `validation` change as it goes."""
+    """The parts of a run, assembled once. `memory`, `progress`, `window` and `validation` change as it goes; the loader
+    does where a loss spike is undone."""
 
     config: Config
     world: World
@@ -60,6 +64,8 @@ class Run:
     validation: dict[str, float] = field(default_factory=dict)  # the last one
     validated_at: int = -1
     saved_at: int = -1
+    save_due: bool = False
+    guard: Guard = field(default_factory=Guard)
     finished: bool = False  # an earlier start came to the end and wrote summary.json
     damaged: set[tuple[str, str]] = field(default_factory=set)  # (shard, key) that any rank has met, as of the last log
 
@@ -68,15 +74,20 @@ class Run:
         return last_step(self.config, self.lengths)
 
 
-def assemble(config: Config, world: World) -> Run:
-    """Build every part of the run. Raises ConfigError, DataError or CheckpointError."""
+def assemble(config: Config, world: World, guard: Guard | None = None) -> Run:
+    """Build every part of the run. Raises ConfigError, DataError, CheckpointError or Stopped."""
     config.check_world(world.size)
+    guard = guard or Guard()
+    begin("opening the shards", world, guard)
     shards = open_shards(config)
+    begin("building the engine", world, guard)
     model = build_model(config, shards, world)
     parameters = parameter_counts(model)
     identity = checkpoint.identity(config, shards.tokenizer_hash, shards.identity)
     engine = ZeroEngine(model, config, world)
+    begin("loading a checkpoint", world, guard)
     memory, progress = resume_or_start(config, engine, identity, world)
+    begin("preparing the data", world, guard)
     loader = open_loader(config, shards, progress, world)
     lengths = [loader.order.steps(i) for i in range(len(config.phases))]
     check_words(config, shards, loader)
@@ -101,10 +112,19 @@ def assemble(config: Config, world: World) -> Run:
         counted=torch.zeros(2, dtype=torch.int64, device=world.device),
         saved_at=progress.step or -1,
         finished=finished,
+        guard=guard,
     )
     if world.is_first:
         announce(run)
     return run
+
+
+def begin(stage: str, world: World, guard: Guard) -> None:
+    """Begin a stage of the start. Raises Stopped on all ranks where any is asked to stop: there is nothing to save."""
+    guard.beat(stage, 0, START_UP_S)
+    notice = Notice(world.agree(int(guard.notice)))
+    if notice:
+        raise Stopped(notice.reason)
 
 
 def open_shards(config: Config) -> ShardSet:

@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,12 @@ class Progress:
     samples: int = 0
     initial_loss: float | None = None  # validation before the first step
     seconds: float = 0.0  # training time so far, over all starts
+    skipped: int = 0  # updates left out because a loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    recent_losses: Sequence[float] = ()  # of the phase's last steps, for the spike guard
+    left_out: Sequence[int] = ()  # steps that are not trained, after a loss spike
+    rewinds: int = 0
+    validation_due: bool = False  # a stop cut the validation of this step short
 
 
 def identity(config: Config, tokenizer_hash: str, data_hash: str) -> dict[str, Any]:
