@@ -15,7 +15,9 @@ from torch import Tensor
 from bitmar.config import Config, ConfigError, dump_config
 from bitmar.engine import checkpoint
 from bitmar.engine.checkpoint import CheckpointError, DamagedCheckpoint, Progress, Saver
+from bitmar.engine.faults import START_UP_S, Guard, Notice, Stopped
 from bitmar.engine.retention import WordMilestones, milestones
+from bitmar.engine.schedule import Rates
 from bitmar.engine.world import World
 from bitmar.engine.zero import ZeroEngine, choose_precision
 from bitmar.model.bitmar import BitMar, parameter_counts
@@ -37,11 +39,13 @@ class Window:
     words: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    last: tuple[LoaderState, Rates] | None = None  # of the last step
 
 
 @dataclass
 class Run:
-    """The parts of a run, assembled once. `memory`, `progress`, `window` and `validation` change as it goes."""
+    """The parts of a run, assembled once. `memory`, `progress`, `window` and `validation` change as it goes; the loader
+    does where a loss spike is undone."""
 
     config: Config
     world: World
@@ -63,6 +67,9 @@ class Run:
     validation: dict[str, float] = field(default_factory=dict)  # the last one
     validated_at: int = -1
     saved_at: int = -1
+    save_due: bool = False
+    milestones_due: tuple[int, ...] = ()  # passed, and not saved yet
+    guard: Guard = field(default_factory=Guard)
     finished: bool = False  # an earlier start came to the end and wrote summary.json
     damaged: set[tuple[str, str]] = field(default_factory=set)  # (shard, key) that any rank has met, as of the last log
 
@@ -71,16 +78,21 @@ class Run:
         return last_step(self.config, self.lengths)
 
 
-def assemble(config: Config, world: World) -> Run:
-    """Build every part of the run. Raises ConfigError, DataError or CheckpointError."""
+def assemble(config: Config, world: World, guard: Guard | None = None) -> Run:
+    """Build every part of the run. Raises ConfigError, DataError, CheckpointError or Stopped."""
     config.check_world(world.size)
+    guard = guard or Guard()
+    begin("opening the shards", world, guard)
     shards = open_shards(config)
+    begin("building the engine", world, guard)
     model = build_model(config, shards, world)
     parameters = parameter_counts(model)
     identity = checkpoint.identity(config, shards.tokenizer_hash, shards.identity)
     engine = ZeroEngine(model, config, world)
+    begin("loading a checkpoint", world, guard)
     start = resume_or_start(config, engine, identity, world)
     memory, progress = start.memory, start.progress
+    begin("preparing the data", world, guard)
     loader = open_loader(config, shards, progress, world)
     lengths = [loader.order.steps(i) for i in range(len(config.phases))]
     check_words(config, shards, loader)
@@ -100,21 +112,34 @@ def assemble(config: Config, world: World) -> Run:
         memory=memory,
         progress=progress,
         saver=Saver(config.run_directory, config.checkpoint, world),
-        milestones=WordMilestones(
-            milestones(config.checkpoint), progress.words, config.training.global_batch * config.data.row_tokens
-        ),
+        milestones=await_milestones(config, progress),
         sinks=sinks,
         statistics=Statistics(select(Cadence.STEP), world.device),
         held_out=held_out,
         counted=torch.zeros(2, dtype=torch.int64, device=world.device),
         saved_at=progress.step or -1,
         finished=finished,
+        guard=guard,
     )
     for problem in start.passed_over:
         sinks.event("checkpoint_passed_over", problem=problem)
     if world.is_first:
         announce(run)
     return run
+
+
+def begin(stage: str, world: World, guard: Guard) -> None:
+    """Begin a stage of the start. Raises Stopped on all ranks where any is asked to stop: there is nothing to save."""
+    guard.beat(stage, 0, START_UP_S)
+    notice = Notice(world.agree(int(guard.notice)))
+    if notice:
+        raise Stopped(notice.reason)
+
+
+def await_milestones(config: Config, progress: Progress) -> WordMilestones:
+    """The counts of words that are still ahead."""
+    words_per_step_max = config.training.global_batch * config.data.row_tokens
+    return WordMilestones(milestones(config.checkpoint), progress.words, words_per_step_max)
 
 
 def open_shards(config: Config) -> ShardSet:

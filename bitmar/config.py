@@ -263,6 +263,26 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class FaultsConfig:
+    """What a run does about losses that are not finite or spike, and about hangs (see bitmar/engine/faults.py)."""
+
+    max_skipped_in_a_row: int = 5  # updates left out for a loss or gradient that is not finite; so many end the run
+    hang_timeout_s: float = 900.0  # a rank that gets nothing done for so long after the start ends the run; 0: never
+    spike_factor: float = 0.0  # a loss above so many medians of the window is undone by going back; 0: never
+    spike_window: int = 64  # steps
+    spike_skip_steps: int = 2  # left out after going back: the step whose loss spiked, and those before it
+    spike_max_rewinds: int = 3  # over the whole run
+
+    def __post_init__(self) -> None:
+        _positive("faults", self, "max_skipped_in_a_row", "spike_window", "spike_skip_steps", "spike_max_rewinds")
+        _not_negative("faults", self, "hang_timeout_s")
+        _require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            f"faults.spike_factor must be 0 (off) or > 1, got {self.spike_factor}",
+        )
+
+
+@dataclass(frozen=True)
 class ValidationConfig:
     every_steps: int = 250
     max_samples: int = 1024
@@ -292,6 +312,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import sys
 import time
@@ -19,38 +18,45 @@ from typing import NoReturn
 
 import torch
 
+from bitmar import recovery
 from bitmar.assembly import Run, Window, assemble
 from bitmar.batch import IGNORE, Batch
 from bitmar.config import Config, ConfigError, load_config
-from bitmar.engine.checkpoint import CheckpointError, Saved
-from bitmar.engine.retention import Keep
-from bitmar.engine.schedule import Rates, rates_at
+from bitmar.engine.checkpoint import CheckpointError
+from bitmar.engine.faults import STOPPED, Guard, Notice, Stopped, TrainingError
+from bitmar.engine.schedule import rates_at
 from bitmar.engine.step import StepResult, train_step
 from bitmar.engine.world import World, is_lost_peer, join_world, leave_world
 from bitmar.evaluation.perplexity import validate
+from bitmar.model.bitmar import Outputs
+from bitmar.model.memory import MemoryState
 from bitmar.observability.plots import write_plots
 from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import Cadence, select
 from bitmar.observability.stats import Statistics, record_memory
+from bitmar.saving import mark_due, save, tell_saved
 from shards.loader import LoaderState, Rows
 from shards.record import DataError
 
 USER_ERROR = 2  # exit code of a mistake in recipe, data or checkpoint
 INTERRUPTED = 130
+LOSS_METRICS = {"lm": "Training/Loss_LM", "contrastive": "Training/Loss_Contrastive", "recall": "Training/Loss_Recall"}
 OTHER_RANK_WAIT_S = 5.0  # rank 0 tells of an error that all ranks meet; a rank that lives on after this tells its own
 
 
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message says at which step and what to do."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. A user's mistake is one line on standard error and exit code 2."""
+    """Entry point. A user's mistake is one line on standard error and exit code 2; the others: engine/faults.py."""
+    guard = Guard()
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
         config.check_world(int(os.environ.get("WORLD_SIZE", "1")))  # before the ranks wait for each other
+        guard.start(config.faults, config.run_directory)
         world = join_world(config.engine.timeout_s, config.engine.threads_per_rank)
-        train(config, world)
+        train(config, world, guard)
+    except Stopped as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        return STOPPED
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
         report(error)
         return 1 if isinstance(error, TrainingError) else USER_ERROR
@@ -64,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
     finally:
+        guard.close()
         leave_world()
     return 0
 
@@ -88,9 +95,9 @@ def parse(arguments: Sequence[str]) -> Config:
     return load_config(known.config, [*known.overrides, *resume])
 
 
-def train(config: Config, world: World) -> None:
-    """Run every phase of the recipe, from where the run's newest checkpoint left off."""
-    run = assemble(config, world)
+def train(config: Config, world: World, guard: Guard | None = None) -> None:
+    """Run every phase of the recipe, from where the run's newest checkpoint left off. Raises Stopped when asked to."""
+    run = assemble(config, world, guard)
     code = 1
     try:
         if run.finished:
@@ -100,9 +107,14 @@ def train(config: Config, world: World) -> None:
             return
         if run.progress.step == 0:
             run.progress = dataclasses.replace(run.progress, initial_loss=hold_validation(run))
+        elif run.progress.validation_due:
+            hold_validation(run)
         loop(run)
         finish(run)
         code = 0
+    except Stopped:
+        code = STOPPED
+        raise
     finally:
         run.sinks.close(code)
 
@@ -113,45 +125,71 @@ def loop(run: Run) -> None:
     steps = iter(run.loader)
     while run.progress.step < run.last_step:
         started = time.perf_counter()
+        run.guard.beat("waiting for data", run.progress.step)
         state, rows = next_step(run, steps)
-        phase = config.phases[state.phase]
+        run.guard.beat("training", run.progress.step)
         rates = rates_at(run.progress.step, total, config.optimizer)
-        run.engine.set_rates(rates, phase.train)
-        batches = [Batch.from_rows(part, run.world.device) for part in rows]
-        result = train_step(run.engine, batches, run.memory, phase, config, run.world, run.progress.step)
-        run.memory = result.memory
-        advance(run, state, result)
-        observe(run, rows, result)
+        if run.progress.step in run.progress.left_out:
+            advance(run, state, None)
+        else:
+            phase = config.phases[state.phase]
+            run.engine.set_rates(rates, phase.train)
+            batches = [Batch.from_rows(part, run.world.device) for part in rows]
+            result = train_step(run.engine, batches, run.memory, phase, config, run.world, run.progress.step)
+            if recovery.undo_spike(run, result):
+                steps = iter(run.loader)
+                continue
+            recovery.count_skips(run, batches, result)
+            run.memory = result.memory
+            advance(run, state, result)
+            observe(run, rows, result)
+            run.window.seconds += time.perf_counter() - started
+        run.window.last = state, rates
         step = run.progress.step
-        run.window.seconds += time.perf_counter() - started
-        passed = run.milestones.passed(lambda: words_seen(run))
-        saves = step % config.checkpoint.every_steps == 0 or bool(passed)
+        mark_due(run)
+        saves = run.save_due and run.progress.skipped_in_a_row == 0  # weights may be broken while updates are left out
         if step % config.logging.log_every_n_steps == 0 or saves or step == run.last_step:
-            log(run, state, rates)
+            log(run)
         if step % config.validation.every_steps == 0:
             hold_validation(run)
         if saves:
-            save(run, passed)
+            save(run)
         tell_saved(run, run.saver.poll())
 
 
-def words_seen(run: Run) -> int:
-    """By all ranks since the run began; waits for the device."""
-    return run.progress.words + int(run.counted[0])
-
-
 def next_step(run: Run, steps: Iterator[tuple[LoaderState, list[Rows]]]) -> tuple[LoaderState, list[Rows]]:
-    """This rank's rows of the next step. Where any rank has none to give, all save and raise DataError."""
+    """This rank's rows of the next step. Where any rank has none to give, or is asked to stop, all save and raise
+    DataError or Stopped."""
     item, problem = None, None
     try:
         item = next(steps)
         run.shards.readers.check_damage(run.damaged)
     except DataError as error:
         problem = str(error)
-    if run.world.any(problem is not None):
+    notice = check_notices(run, Notice.NONE if problem is None else Notice.NO_DATA)
+    if notice & Notice.NO_DATA:
         stop_for_data(run, problem)
     assert item is not None  # the loader holds as many steps as the phases have
     return item
+
+
+def check_notices(run: Run, mine: Notice = Notice.NONE, validating: bool = False) -> Notice:
+    """What any rank has taken notice of, agreed upon by all. Raises Stopped, on all, where the run is to stop."""
+    notice = Notice(run.world.agree(int(mine | run.guard.notice)))
+    if notice & (Notice.SIGNAL | Notice.LAUNCHER_GONE) and not notice & Notice.NO_DATA:
+        run.progress = dataclasses.replace(run.progress, validation_due=validating)
+        close_books(run)
+        run.sinks.event("stopped", step=run.progress.step, reason=notice.reason)
+        raise Stopped(notice.reason)
+    return notice
+
+
+def close_books(run: Run) -> None:
+    """Log what was trained since the last log, and save."""
+    if run.window.last is not None:
+        log(run)
+    if run.progress.step > 0:
+        save(run, wait=True)
 
 
 def stop_for_data(run: Run, problem: str | None) -> NoReturn:
@@ -159,42 +197,39 @@ def stop_for_data(run: Run, problem: str | None) -> NoReturn:
     problem = next(told for told in run.world.gather_objects(problem) if told is not None)
     gather_damage(run)
     run.sinks.event("data_error", step=run.progress.step, problem=problem)
-    if run.window.steps:
-        state = LoaderState(run.progress.phase, run.progress.position)
-        log(run, state, rates_at(run.progress.step, sum(run.lengths), run.config.optimizer))
-    if run.progress.step > 0:
-        save(run, wait=True)
+    close_books(run)
     raise DataError(problem)
 
 
-def advance(run: Run, state: LoaderState, result: StepResult) -> None:
-    """Count the step; the stored position is that of the next one. Words and samples are read at the next log."""
+def advance(run: Run, state: LoaderState, result: StepResult | None) -> None:
+    """Count the step; the stored position is that of the next one. Words and samples are read at the next log.
+
+    `result`: None of a step that was left out."""
     done = state.position + 1 == run.lengths[state.phase]
-    run.counted += torch.stack([result.words, result.samples])
+    if result is not None:
+        run.counted += torch.stack([result.words, result.samples])
     run.progress = dataclasses.replace(
         run.progress,
         step=run.progress.step + 1,
         phase=state.phase + done,
         position=0 if done else state.position + 1,
+        recent_losses=() if done else run.progress.recent_losses,
     )
 
 
 def observe(run: Run, rows: list[Rows], result: StepResult) -> None:
-    """Add a step to the statistics; nothing is read back from the device."""
+    """Add a step to the statistics; nothing is read back from the device. Losses of an update that was left out would
+    make the means of the others NaN."""
     s = run.statistics
-    s.add("Training/Loss", result.objective, 1 / run.world.size)
-    names = {
-        "lm": "Training/Loss_LM",
-        "contrastive": "Training/Loss_Contrastive",
-        "recall": "Training/Loss_Recall",
-    }
-    for name, total in result.sums.items():
-        s.add(names[name], total, result.counts[name])
-    norm = torch.as_tensor(result.gradient_norm)
-    s.add("Gradients/Total_Norm", norm)
-    s.add("Gradients/Clipped_Fraction", norm > run.config.training.gradient_clip)
-    s.add("Memory/Writes", len(result.writes.slots))
-    s.add("Memory/Gate_Mean", result.memory_gate)
+    if not result.skipped:
+        s.add("Training/Loss", result.objective, 1 / run.world.size)
+        for name, total in result.sums.items():
+            s.add(LOSS_METRICS[name], total, result.counts[name])
+        norm = torch.as_tensor(result.gradient_norm)
+        s.add("Gradients/Total_Norm", norm)
+        s.add("Gradients/Clipped_Fraction", norm > run.config.training.gradient_clip)
+        s.add("Memory/Writes", len(result.writes.slots))
+        s.add("Memory/Gate_Mean", result.memory_gate)
     s.add("Data/Wait_Seconds", run.loader.wait_seconds)
     tokens = sum(int((part.targets != IGNORE).sum()) for part in rows)
     s.add("Data/Padding_Efficiency", tokens, sum(part.targets.size for part in rows))
@@ -205,9 +240,11 @@ def observe(run: Run, rows: list[Rows], result: StepResult) -> None:
     w.words += sum(int(part.words.sum()) for part in rows)
 
 
-def log(run: Run, state: LoaderState, rates: Rates) -> None:
-    """Reduce the statistics over all ranks and hand them to the sinks. Raises TrainingError on NaN."""
+def log(run: Run) -> None:
+    """Reduce the statistics since the last log over all ranks and hand them to the sinks."""
     s, w, config = run.statistics, run.window, run.config
+    assert w.last is not None, "there was a step since the last log"
+    state, rates = w.last
     words, samples = run.counted.tolist()
     run.counted.zero_()
     run.progress = dataclasses.replace(
@@ -217,10 +254,11 @@ def log(run: Run, state: LoaderState, rates: Rates) -> None:
         started = time.perf_counter()
         torch.cuda.synchronize()
         w.seconds += time.perf_counter() - started
-    s.add("Throughput/Samples_Per_Second", w.samples / w.seconds)
-    s.add("Throughput/Words_Per_Second", w.words / w.seconds)
-    s.add("Throughput/Tokens_Per_Second", w.tokens / w.seconds)
-    s.add("Throughput/Step_Seconds", w.seconds, w.steps)
+    if w.steps:  # none where all were left out
+        s.add("Throughput/Samples_Per_Second", w.samples / w.seconds)
+        s.add("Throughput/Words_Per_Second", w.words / w.seconds)
+        s.add("Throughput/Tokens_Per_Second", w.tokens / w.seconds)
+        s.add("Throughput/Step_Seconds", w.seconds, w.steps)
     gather_damage(run)
     s.same("Data/Damaged_Samples", len(run.damaged))
     phase = config.phases[state.phase]
@@ -230,6 +268,7 @@ def log(run: Run, state: LoaderState, rates: Rates) -> None:
     s.same("Training/Step", run.progress.step)
     s.same("Training/Words", run.progress.words)
     s.same("Training/Phase", state.phase)
+    s.same("Training/Skipped_Updates", run.progress.skipped)
     s.same("Training/Batch_Size", config.training.global_batch)
     written = run.memory.written
     s.same("Memory/Active_Slots_Percentage", 100 * written.double().mean())
@@ -240,12 +279,6 @@ def log(run: Run, state: LoaderState, rates: Rates) -> None:
     run.progress = dataclasses.replace(run.progress, seconds=run.progress.seconds + w.seconds)
     run.window = Window()
     run.sinks.log(run.progress.step, values)
-    for name in ("Training/Loss", "Gradients/Total_Norm"):
-        if not math.isfinite(values[name]):
-            raise TrainingError(
-                f"{name} is {values[name]} by step {run.progress.step}; the last checkpoint is from before: lower "
-                "optimizer.peak_rate or training.gradient_clip and resume"
-            )
 
 
 def gather_damage(run: Run) -> None:
@@ -266,40 +299,18 @@ def hold_validation(run: Run) -> float | None:
         statistics = Statistics(select(Cadence.VALIDATION), run.world.device)
         run.engine.train(False)
         sets = run.held_out.get("pairs"), run.held_out.get("text")
-        validate(run.engine.forward, *sets, run.memory, run.world, statistics)
+
+        def forward(batch: Batch, memory: MemoryState) -> Outputs:
+            run.guard.beat("validating", step)
+            check_notices(run, validating=True)
+            return run.engine.forward(batch, memory)
+
+        validate(forward, *sets, run.memory, run.world, statistics)
         run.engine.train(True)
         run.validation, run.validated_at = reduce(statistics, run.world), step
+        run.progress = dataclasses.replace(run.progress, validation_due=False)
         run.sinks.log(step, run.validation)
     return run.validation.get("Validation/Loss", run.validation.get("Validation/Loss_Text"))
-
-
-def save(run: Run, milestones: tuple[int, ...] = (), wait: bool = False) -> None:
-    """Begin a checkpoint of a step just logged, unless the last one is of it; `wait`: until it is on the disk.
-
-    Raises TrainingError, not to save NaN.
-    """
-    if run.saved_at != run.progress.step:
-        if not math.isfinite(float(run.engine.gradient_norm)):
-            raise TrainingError(f"the gradient is {run.engine.gradient_norm} at step {run.progress.step}: not saved")
-        loss = run.validation.get("Validation/Loss") if run.validated_at == run.progress.step else None
-        run.saved_at = run.progress.step
-        keep = Keep(milestones, loss)
-        tell_saved(run, run.saver.save(run.engine, run.memory, run.progress, run.identity, keep))
-    if wait:
-        tell_saved(run, run.saver.wait())
-
-
-def tell_saved(run: Run, ended: list[Saved]) -> None:
-    """Log how saves ended. One that failed has taken nothing away, and training goes on."""
-    for saved in ended:
-        if saved.problem is not None:
-            run.sinks.event("checkpoint_failed", step=saved.step, problem=saved.problem)
-            run.saved_at = -1 if run.saved_at == saved.step else run.saved_at
-        else:
-            hold = round(saved.hold_seconds, 4)
-            run.sinks.event("checkpoint", step=saved.step, path=str(saved.path), hold_seconds=hold)
-        if saved.left_over is not None:
-            run.sinks.event("warning", problem=saved.left_over)
 
 
 def finish(run: Run) -> None:

@@ -12,6 +12,7 @@ import itertools
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,12 @@ class Progress:
     samples: int = 0
     initial_loss: float | None = None  # validation before the first step
     seconds: float = 0.0  # training time so far, over all starts
+    skipped: int = 0  # updates left out because a loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    recent_losses: Sequence[float] = ()  # of the phase's last steps, for the spike guard
+    left_out: Sequence[int] = ()  # steps that are not trained, after a loss spike
+    rewinds: int = 0
+    validation_due: bool = False  # a stop cut the validation of this step short
 
 
 @dataclass(frozen=True)

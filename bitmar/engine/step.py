@@ -35,6 +35,7 @@ class StepResult:
     words: Int[Tensor, ""]  # trained by all ranks
     samples: Int[Tensor, ""]
     gradient_norm: float | Tensor  # before clipping
+    skipped: bool  # a loss or gradient was not finite: weights, moments and memory are those of before
 
 
 def train_step(
@@ -73,7 +74,7 @@ def train_step(
         )
         candidates.append(Episodes(*offered).best(config.model.writes_per_step))
     writes = WriteReport((), 0, 0)
-    if phase.write_memory:
+    if phase.write_memory and not engine.skipped:
         assert isinstance(read_mass, Tensor)
         count = config.model.writes_per_step
         best = Episodes.join(candidates).best(count).filled(count)
@@ -89,6 +90,7 @@ def train_step(
         words=everywhere[-2],
         samples=everywhere[-1],
         gradient_norm=engine.gradient_norm,
+        skipped=engine.skipped,
     )
 
 

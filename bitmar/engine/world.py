@@ -27,6 +27,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None  # over gloo, for what no device has a part in; None: the default group
 
     @property
     def is_first(self) -> bool:
@@ -61,11 +62,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank's flag is set, the same on every rank."""
+        return self.agree(int(flag)) != 0
+
+    def agree(self, bits: int) -> int:
+        """The bitwise or of all ranks' `bits`, the same on every rank. No device is waited for."""
         if self.size == 1:
-            return flag
-        box = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        return bool(box.item())
+            return bits
+        box = torch.tensor([bits])
+        dist.all_reduce(box, op=dist.ReduceOp.BOR, group=self.control)
+        return int(box.item())
 
     def gather_objects(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank (small picklable objects made by the trainer itself)."""
@@ -97,7 +102,7 @@ def join_world(timeout_s: int = 1800, threads: int | None = None) -> World:
     """Join the process group that the launcher's environment describes; alone without a launcher.
 
     `threads`: CPU threads of this rank, None for cores divided by the ranks of the node.
-    Raises ConfigError when the environment names only a part of the group.
+    Raises ConfigError when the environment names only a part of the group, or a port that is taken.
     """
     env = os.environ
     if "RANK" not in env and "WORLD_SIZE" not in env:
@@ -117,10 +122,20 @@ def join_world(timeout_s: int = 1800, threads: int | None = None) -> World:
     if not dist.is_initialized():
         if env["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
-        )
-    return World(rank, size, local_rank, local_size, device)
+        _form_group("nccl" if cuda else "gloo", rank, size, timedelta(seconds=timeout_s))
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if cuda and size > 1 else None
+    assert not isinstance(control, int), "a rank of the world belongs to a group of all ranks"
+    return World(rank, size, local_rank, local_size, device, control)
+
+
+def _form_group(backend: str, rank: int, size: int, timeout: timedelta) -> None:
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise ConfigError(f"port {port} is in use on this host; give deepspeed another --master_port") from None
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from bitmar.batch import Batch
 from bitmar.config import COMPONENTS, Config, ConfigError
 from bitmar.engine.ds_config import fit_ds_config, read_ds_config, uses_nvme
+from bitmar.engine.extensions import prepare_extensions
 from bitmar.engine.fragments import KINDS, Fragment
 from bitmar.engine.schedule import Rates
 from bitmar.engine.world import World
@@ -64,6 +65,7 @@ class ZeroEngine:
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self.clip = config.training.gradient_clip
         self.gradient_norm: float | Tensor = 0.0  # before clipping, of the last step
+        self.skipped = False  # the last step left its update out, on all ranks: its gradient was not finite
         self._scale = float(world.size)  # DeepSpeed averages over ranks; losses are already divided globally
         self._frozen: set[str] = set()
         self._parameters: list[tuple[str, Any]] = list(model.named_parameters())
@@ -76,6 +78,7 @@ class ZeroEngine:
             eps=config.optimizer.eps,
             fused=True,
         )
+        prepare_extensions()
         if world.device.type == "cpu":  # serves inference only, and would be compiled on the user's machine
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(
@@ -87,7 +90,7 @@ class ZeroEngine:
             "train_batch_size": config.training.global_batch,
             "train_micro_batch_size_per_gpu": config.training.micro_batch,
             "gradient_accumulation_steps": config.accumulation_steps(world.size),
-            "gradient_clipping": self.clip,
+            "gradient_clipping": self.clip if self.stage > 0 else 0.0,  # `step` clips, by the norm that it has
             "steps_per_print": 10**12,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps offloaded tensors without a build
@@ -119,18 +122,32 @@ class ZeroEngine:
             group["weight_decay"] = rates.weight_decay if on and group["decays"] else 0.0
 
     def backward(self, loss: Tensor) -> None:
-        """`loss`: this rank's part of the global objective; the parts of all ranks and micro-batches add up."""
-        self._engine.backward(loss * self._scale, scale_wrt_gas=False)
+        """`loss`: this rank's part of the global objective; the parts of all ranks and micro-batches add up.
+
+        A loss that is not finite makes its whole gradient NaN (1 + 0 x loss is 1 of any other), and so the norm that
+        all ranks take from the summed gradient: they leave the update out together without a word between them.
+        """
+        self._engine.backward(loss * (self._scale * (1 + 0 * loss.detach())), scale_wrt_gas=False)
 
     def step(self) -> None:
-        """Call after every micro-batch; the update happens at the accumulation boundary."""
+        """Call after every micro-batch; the update happens at the accumulation boundary.
+
+        An update whose gradient is not finite is left out and the gradient dropped: weights, moments and the
+        optimiser's step stay as they are. ZeRO 1 to 3 do so themselves (`overflow`), from the norm of all ranks.
+        """
         boundary = self._engine.is_gradient_accumulation_boundary()
         if boundary and self.stage == 0:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self.gradient_norm = nn.utils.get_total_norm(grads)
+            norm = nn.utils.get_total_norm(grads)  # they are summed over ranks by now
+            self.gradient_norm, self.skipped = norm, not math.isfinite(norm)
+            if self.skipped:
+                self._engine.zero_grad()  # torch's optimiser passes over parameters without a gradient
+            else:
+                nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clip, norm)
         self._engine.step()
         if boundary and self.stage > 0:
             self.gradient_norm = self._engine.get_global_grad_norm()
+            self.skipped = self._optimizer.overflow
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns of weights and moments; together the ranks own every number once. No collective.

@@ -120,6 +120,10 @@ class ConsoleSink:
         """Tell where an image lies."""
         self._print(f"{step_text(step, self._total_steps)}  {name}: {path}")
 
+    def truncate_after(self, step: int) -> int:
+        """Do nothing: what was shown stays."""
+        return 0
+
     def close(self, exit_code: int = 0) -> None:
         """Leave the bar where it stands."""
         if self._bar is not None:

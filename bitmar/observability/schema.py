@@ -61,6 +61,7 @@ SCHEMA: tuple[Metric, ...] = (
     Metric(STEP_METRIC, "steps", _SAME, _STEP, "optimiser steps since the run began"),
     Metric("Training/Words", "words", _SAME, _STEP, "words trained since the run began, each pass counted"),
     Metric("Training/Phase", "index", _SAME, _STEP, "place of the phase in the recipe's list, from 0"),
+    Metric("Training/Skipped_Updates", "steps", _SAME, _STEP, "updates left out for a loss or gradient not finite"),
     Metric("Training/Batch_Size", "samples", _SAME, _STEP, "global batch: samples an optimiser step"),
     Metric("Validation/Loss", "nats/token", _MEAN, _VALIDATION, "held-out captions, right image"),
     Metric("Validation/Perplexity", "1", _EXP_MEAN, _VALIDATION, "exp of Validation/Loss"),

@@ -39,6 +39,10 @@ class Sink(Protocol):
         """Take an image file under a metric-like name."""
         ...
 
+    def truncate_after(self, step: int) -> int:
+        """Forget the metrics of steps greater than `step`, where the sink can; returns how many lines were cut."""
+        ...
+
     def close(self, exit_code: int = 0) -> None:
         """Write out what is held; the sink is not used afterwards."""
         ...
@@ -55,6 +59,10 @@ class NullSink:
 
     def image(self, step: int, name: str, path: Path) -> None:
         """Do nothing."""
+
+    def truncate_after(self, step: int) -> int:
+        """Do nothing."""
+        return 0
 
     def close(self, exit_code: int = 0) -> None:
         """Do nothing."""
@@ -89,6 +97,10 @@ class TextSink:
     def image(self, step: int, name: str, path: Path) -> None:
         """Write where the image lies."""
         self._logger.info("%s  %s: %s", step_text(step, self._total_steps), name, path)
+
+    def truncate_after(self, step: int) -> int:
+        """Do nothing: the log is a history."""
+        return 0
 
     def close(self, exit_code: int = 0) -> None:
         """Detach from the loggers and close the file."""
@@ -180,6 +192,10 @@ class WandbSink:
             raise FileNotFoundError(f"no image at {path}")
         self._send({name: self._wandb.Image(str(path)), STEP_METRIC: step})
 
+    def truncate_after(self, step: int) -> int:
+        """Do nothing: wandb takes nothing back, and its curves, drawn over our own step, go back by themselves."""
+        return 0
+
     def close(self, exit_code: int = 0) -> None:
         """Finish the run with the process's exit code, waiting a bounded time for uploads."""
         if self._run is None:
@@ -231,6 +247,10 @@ class MultiSink:
         """Hand on an image."""
         for sink in self._sinks:
             sink.image(step, name, path)
+
+    def truncate_after(self, step: int) -> int:
+        """Hand on; returns the sum of the lines cut."""
+        return sum(sink.truncate_after(step) for sink in self._sinks)
 
     def close(self, exit_code: int = 0) -> None:
         """Close every sink, also when one of them fails to."""

@@ -48,6 +48,7 @@ shards.rows
 shards.loader
 bitmar.config
 bitmar.engine.world
+bitmar.engine.extensions bitmar.engine.launcher bitmar.engine.watchdog
 bitmar.batch
 bitmar.model.quantize
 bitmar.model.attention
@@ -74,6 +75,7 @@ bitmar.observability.sinks
 bitmar.evaluation
 bitmar.export
 bitmar.assembly
+bitmar.recovery
 bitmar.train
 bitmar.analysis
 """
