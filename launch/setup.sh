@@ -61,7 +61,8 @@ count_gpus() {
 }
 
 # Runs bitmar.train on N ranks of this machine: launch_local RANKS ARGUMENTS... Returns the run's exit code.
-# The processes form a group of their own, so that Ctrl-C and TERM end all of them, from the ranks upwards.
+# The processes form a group of their own, so that Ctrl-C ends all of them, from the ranks upwards. TERM and HUP are
+# passed on to the ranks, which save and end with 75; a second one ends them as Ctrl-C does.
 launch_local() {
     local ranks=$1 port launcher code=0
     shift
@@ -76,13 +77,34 @@ launch_local() {
     ) &
     launcher=$!
     set +m
-    trap 'end_launch "$launcher"' INT TERM HUP
-    wait "$launcher" || code=$?
+    trap 'end_launch "$launcher"' INT
+    trap 'save_launch "$launcher"' TERM HUP
+    while :; do # a trapped signal ends wait, not the launcher
+        code=0
+        wait "$launcher" || code=$?
+        kill -0 "$launcher" 2>/dev/null || break
+    done
     trap - INT TERM HUP
-    if [ "$code" -ne 0 ] && [ "$code" -ne 2 ]; then
+    if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "$code" -ne 75 ]; then
         echo "error: the run ended with exit code $code; see the messages above" >&2
     fi
     return "$code"
+}
+
+save_launch() { # launcher
+    local stat pid group found=
+    # shellcheck disable=SC2064  # the launcher's number of now
+    trap "end_launch $1" TERM HUP
+    for stat in /proc/[0-9]*/stat; do
+        pid=${stat#/proc/}
+        pid=${pid%/stat}
+        { read -r group <"$stat"; } 2>/dev/null || continue
+        read -r _ _ group _ <<<"${group##*) }" # after the name: state, parent, group
+        if [ "$group" = "$1" ] && grep -aq -- '--local_rank=' "/proc/$pid/cmdline" 2>/dev/null; then
+            kill -TERM "$pid" 2>/dev/null && found=yes
+        fi
+    done
+    [ -n "$found" ] || end_launch "$1"
 }
 
 end_launch() { # launcher

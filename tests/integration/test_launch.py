@@ -83,8 +83,17 @@ def test_a_mistake_is_told_once_through_the_launcher(tmp_path: Path, tiny_shards
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "TERM"])
-def test_a_stopped_run_leaves_no_rank(ended_by: signal.Signals, tmp_path: Path, tiny_shards: Path) -> None:
+@pytest.mark.parametrize(
+    ("ended_by", "code", "told"),
+    [
+        (signal.SIGINT, 130, "stopped; the same command goes on from the last checkpoint"),
+        (signal.SIGTERM, 75, "stopped: asked to by a signal; the same command goes on from the last checkpoint"),
+    ],
+    ids=["Ctrl-C", "TERM"],
+)
+def test_a_stopped_run_leaves_no_rank(
+    ended_by: signal.Signals, code: int, told: str, tmp_path: Path, tiny_shards: Path
+) -> None:
     values = recipe(tiny_shards, tmp_path / "runs", "stopped")
     values["phases"][2]["steps"] = 100_000
     values["training"]["max_epochs"] = 100_000
@@ -99,13 +108,13 @@ def test_a_stopped_run_leaves_no_rank(ended_by: signal.Signals, tmp_path: Path, 
         assert wait_for(lambda: log.is_file() and log.stat().st_size > 2000, 300)
         assert len(trainers(str(path))) >= 2
         process.send_signal(ended_by)
-        assert process.wait(END_WITHIN_S) == 130
+        assert process.wait(END_WITHIN_S) == code
         assert wait_for(lambda: not trainers(str(path)))
     finally:
         for left in trainers(str(path)):
             left.kill()
     text = (tmp_path / "said").read_text()
-    assert "stopped; the same command goes on from the last checkpoint" in text
+    assert told in text
     assert "Traceback" not in text
 
 
