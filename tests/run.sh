@@ -18,7 +18,7 @@ case "${1:-}" in
 esac
 set_up
 
-# Tests over several hosts need programs that only root can install, as only root can run them. Not on a machine with
+# Tests over several hosts, and over clocks that differ, need programs that only root can install. Not on a machine with
 # services, where Debian would start the sshd for all the world.
 install_programs() {
     local missing=()
@@ -26,13 +26,14 @@ install_programs() {
     [ -x /usr/sbin/sshd ] || missing+=(openssh-server)
     command -v ssh >/dev/null || missing+=(openssh-client)
     command -v pdsh >/dev/null || missing+=(pdsh)
+    compgen -G '/usr/lib/*/faketime/libfaketimeMT.so.1' >/dev/null || missing+=(faketime)
     [ ${#missing[@]} -gt 0 ] || return 0
     if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null && [ ! -d /run/systemd/system ]; then
         echo "installing ${missing[*]}"
         apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
             apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
     else
-        echo "the tests over several hosts are skipped; they need root and: apt-get install ${missing[*]}" >&2
+        echo "the tests over several hosts and clocks are skipped; they need root and: apt-get install ${missing[*]}" >&2
     fi
 }
 [ "$marks" = 'not slow and not soak' ] || install_programs

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import pytest
+
+from tests.support.runs import cannot_run
 
 CABLE = Path(__file__).resolve().parents[1] / "support" / "cable.py"
 SSHD = "/usr/sbin/sshd"
@@ -142,10 +143,7 @@ def run(*command: str, check: bool = True) -> str:
 
 def refuse(reason: str) -> None:
     """Skip, or in CI fail, where hosts cannot be made."""
-    message = f"hosts cannot be made out of network namespaces here: {reason}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(message)
-    pytest.skip(message)
+    cannot_run(f"hosts cannot be made out of network namespaces here: {reason}")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import pytest
 from bitmar.engine.faults import HUNG, STOPPED
 from bitmar.observability.records import EVENTS_FILE, METRICS_FILE, read_lines
 from tests.support.runs import (
+    cannot_run,
     checkpoint_progress,
     checkpoint_tensors,
     differing,
@@ -155,3 +156,17 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, tiny_shards: Path) -> None:
             expected = f"error: port {port} is in use on this host; give deepspeed another --master_port"
             assert started.errors(0) == [expected]
             assert "Traceback" not in started.said(0)
+
+
+def test_ranks_whose_clocks_are_a_day_apart_change_no_bit(
+    undisturbed: tuple[Path, float], tmp_path: Path, tiny_shards: Path
+) -> None:
+    """As on hosts whose clocks differ: libfaketime moves the wall clock of one rank's process."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+    if library is None:
+        cannot_run("libfaketime is missing (apt-get install faketime)")
+    skewed = {"LD_PRELOAD": str(library), "FAKETIME": "+1d", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    path, run = recipe_of(tmp_path, tiny_shards, "skewed"), tmp_path / "runs" / "skewed"
+    with trainers(path, 2, "faults.hang_timeout_s=60", extra={1: skewed}) as started:
+        assert started.codes() == [0, 0], started.said(0) + started.said(1)
+    assert_same_end(run, undisturbed[0])

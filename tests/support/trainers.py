@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,14 @@ def shell_environment(**changes: str) -> dict[str, str]:
 class Trainers:
     """The ranks of one start of a run, and what each said."""
 
-    def __init__(self, recipe: Path, size: int, *overrides: str, port: int | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Path,
+        size: int,
+        overrides: Sequence[str],
+        port: int | None,
+        extra: Mapping[int, Mapping[str, str]],
+    ) -> None:
         self.folder = recipe.parent
         self._files = [self.folder / f"{recipe.stem}-rank{rank}.txt" for rank in range(size)]
         port = port or free_port()
@@ -43,6 +50,7 @@ class Trainers:
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=str(port),
                 DS_ACCELERATOR="cpu",
+                **extra.get(rank, {}),
             )
             with path.open("wb") as said:
                 process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
@@ -69,9 +77,15 @@ class Trainers:
 
 
 @contextmanager
-def trainers(recipe: Path, size: int, *overrides: str, port: int | None = None) -> Iterator[Trainers]:
-    """Ranks that are gone at the end, whatever happened."""
-    started = Trainers(recipe, size, *overrides, port=port)
+def trainers(
+    recipe: Path,
+    size: int,
+    *overrides: str,
+    port: int | None = None,
+    extra: Mapping[int, Mapping[str, str]] | None = None,
+) -> Iterator[Trainers]:
+    """Ranks that are gone at the end, whatever happened. `extra`: more environment for some of them."""
+    started = Trainers(recipe, size, overrides, port, extra or {})
     try:
         yield started
     finally:
