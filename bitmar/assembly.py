@@ -20,7 +20,7 @@ from bitmar.engine.zero import ZeroEngine, choose_precision
 from bitmar.model.bitmar import BitMar, parameter_counts
 from bitmar.model.memory import MemoryState
 from bitmar.observability.schema import Cadence, select
-from bitmar.observability.sinks import Sink, open_sinks
+from bitmar.observability.sinks import NullSink, Sink, open_sinks
 from bitmar.observability.stats import Statistics
 from shards.loader import CacheOptions, Loader, LoaderState, Shape, ShardSet, ValidationSet
 from shards.order import PhaseSpec
@@ -68,22 +68,22 @@ class Run:
         return last_step(self.config, self.lengths)
 
 
-def assemble(config: Config, world: World) -> Run:
-    """Build every part of the run. Raises ConfigError, DataError or CheckpointError."""
+def assemble(config: Config, world: World, dry_run: bool = False) -> Run:
+    """Build every part of the run; a dry run's leaves the disk as it is. Raises ConfigError, DataError, CheckpointError."""
     config.check_world(world.size)
     shards = open_shards(config)
     model = build_model(config, shards, world)
     parameters = parameter_counts(model)
     identity = checkpoint.identity(config, shards.tokenizer_hash, shards.identity)
     engine = ZeroEngine(model, config, world)
-    memory, progress = resume_or_start(config, engine, identity, world)
+    memory, progress = resume_or_start(config, engine, identity, world, dry_run)
     loader = open_loader(config, shards, progress, world)
     lengths = [loader.order.steps(i) for i in range(len(config.phases))]
     check_words(config, shards, loader)
     held_out = open_validation(config, shards, world)
     last = last_step(config, lengths)
     finished = world.broadcast_object(progress.step >= last and summary_step(config) == progress.step)
-    sinks = open_run(config, world, progress, last, finished)
+    sinks = NullSink() if dry_run else open_run(config, world, progress, last, finished)
     run = Run(
         config=config,
         world=world,
@@ -176,16 +176,16 @@ def check_words(config: Config, shards: ShardSet, loader: Loader) -> None:
 
 
 def resume_or_start(
-    config: Config, engine: ZeroEngine, identity: dict[str, Any], world: World
+    config: Config, engine: ZeroEngine, identity: dict[str, Any], world: World, dry_run: bool = False
 ) -> tuple[MemoryState, Progress]:
-    """Memory and progress of the checkpoint that checkpoint.resume asks for, or fresh ones."""
+    """Memory and progress of the checkpoint that checkpoint.resume asks for, or fresh ones; a dry run renames none."""
     wish = config.checkpoint.resume
     found = checkpoint.checkpoint_directories(config.run_directory) if wish == "auto" else []
     chosen = found[0] if found else Path(wish) if wish not in ("auto", "never") else None
     chosen = world.broadcast_object(chosen)
     if chosen is not None:
         restored = checkpoint.load(chosen, engine, identity, world)
-        if world.is_first and chosen.resolve().parent.parent == config.run_directory.resolve():
+        if world.is_first and not dry_run and chosen.resolve().parent.parent == config.run_directory.resolve():
             for path in checkpoint.set_aside_later(chosen):
                 print(f"set aside a later checkpoint: {path}", flush=True)
         return restored

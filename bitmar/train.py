@@ -24,14 +24,17 @@ from bitmar.batch import IGNORE, Batch
 from bitmar.config import Config, ConfigError, load_config
 from bitmar.engine import checkpoint
 from bitmar.engine.checkpoint import CheckpointError
+from bitmar.engine.memory_plan import ZeroSettings
 from bitmar.engine.schedule import Rates, rates_at
 from bitmar.engine.step import StepResult, train_step
 from bitmar.engine.world import World, is_lost_peer, join_world, leave_world
+from bitmar.engine.zero import read_ds_config
 from bitmar.evaluation.perplexity import validate
 from bitmar.observability.plots import write_plots
 from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import Cadence, select
 from bitmar.observability.stats import Statistics, record_memory
+from bitmar.plan import counted_phases, make_plan, table
 from shards.loader import LoaderState, Rows
 from shards.record import DataError
 
@@ -47,10 +50,10 @@ class TrainingError(RuntimeError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. A user's mistake is one line on standard error and exit code 2."""
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
+        config, dry_run = parse(sys.argv[1:] if arguments is None else arguments)
         config.check_world(int(os.environ.get("WORLD_SIZE", "1")))  # before the ranks wait for each other
         world = join_world(config.engine.timeout_s, config.engine.threads_per_rank)
-        train(config, world)
+        (rehearse if dry_run else train)(config, world)
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
         report(error)
         return 1 if isinstance(error, TrainingError) else USER_ERROR
@@ -76,16 +79,45 @@ def report(error: Exception) -> None:
     print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
 
 
-def parse(arguments: Sequence[str]) -> Config:
-    """The command line as a checked Config. Raises ConfigError; bad flags exit as argparse does."""
+def parse(arguments: Sequence[str]) -> tuple[Config, bool]:
+    """The command line: a checked Config, and whether it is a dry run. Raises ConfigError; bad flags exit as argparse's.
+    """
     parser = argparse.ArgumentParser(prog="bitmar.train", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="recipe, see launch/recipes/")
     parser.add_argument("--resume", help="auto, never or a checkpoint's folder (checkpoint.resume)")
+    parser.add_argument("--max-steps", help="stop after so many optimizer steps in all (training.max_steps)")
+    parser.add_argument("--dry-run", action="store_true", help="assemble everything, print the plan, train nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     known = parser.parse_intermixed_args(arguments)
-    resume = [f"checkpoint.resume={known.resume}"] if known.resume else []
-    return load_config(known.config, [*known.overrides, *resume])
+    flags = {"checkpoint.resume": known.resume, "training.max_steps": known.max_steps}
+    named = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    return load_config(known.config, [*known.overrides, *named]), known.dry_run
+
+
+def rehearse(config: Config, world: World) -> None:
+    """Assemble a run with its first batch and print what it will take; nothing is trained, nothing is written."""
+    run = assemble(config, world, dry_run=True)
+    steps = iter(run.loader)
+    item = next(steps, None)
+    batches = [Batch.from_rows(part, world.device) for part in item[1]] if item else []
+    if world.is_first:
+        plan = make_plan(
+            config,
+            ZeroSettings.of(read_ds_config(Path(config.engine.ds_config))),
+            world.size,
+            counted_phases(config, run.loader.order, run.shards.corpus("train")),
+            device=world.device.type,
+            dtype=run.engine.module.compute_dtype,
+            counted=True,
+        )
+        print(table(plan), flush=True)
+        if item:
+            shape = "x".join(map(str, batches[0].tokens.shape))
+            name = config.phases[item[0].phase].name
+            print(f"first batch       phase {name}, {len(batches)} micro-batch(es) of {shape} positions", flush=True)
+        print(f"dry run: nothing was trained or written; it would go on from step {run.progress.step}", flush=True)
+    world.barrier()
 
 
 def train(config: Config, world: World) -> None:

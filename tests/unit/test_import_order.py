@@ -53,11 +53,12 @@ bitmar.model.quantize
 bitmar.model.attention
 bitmar.model.blocks
 bitmar.model.text bitmar.model.vision bitmar.model.fusion bitmar.model.memory
-bitmar.model.bitmar
+bitmar.model.bitmar bitmar.model.flops
 bitmar.losses
 bitmar.engine.schedule
 bitmar.engine.zero
 bitmar.engine.step
+bitmar.engine.memory_plan
 bitmar.engine.checkpoint
 bitmar.engine.faults
 bitmar.observability.schema
@@ -71,6 +72,7 @@ bitmar.observability.sinks
 bitmar.evaluation
 bitmar.export
 bitmar.assembly
+bitmar.plan
 bitmar.train
 bitmar.analysis
 """
