@@ -8,6 +8,7 @@ Everything is fp32 but what the pass itself computes in bf16.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bitmar.batch import Batch
-from bitmar.config import Config, ModelConfig, PhaseConfig
+from bitmar.config import Config, ModelConfig
 from bitmar.engine.world import World
 from bitmar.losses import compute_losses
 from bitmar.model.bitmar import BitMar, component_parameters
 from bitmar.model.memory import MemoryState
 
 FP32 = 4
+TRACED_ROWS = 8
 ALLREDUCE_ELEMENTS = 500_000_000  # DeepSpeed's buffer of a plain all-reduce (engine.buffered_allreduce_fallback)
 
 
@@ -177,34 +179,44 @@ def memory_module_bytes(model: ModelConfig) -> int:
 
 def activation_bytes(config: Config, dtype: torch.dtype) -> int:
     """The most that a micro-batch of any phase needs on top of the state, its rows as long as they may be."""
-    return max(
-        _traced(
-            config.model,
-            config.training.micro_batch,
-            config.data.row_tokens,
-            tuple(sorted(name for name, weight in phase.losses.items() if weight > 0)),
-            text_only(phase),
-            config.engine.activation_checkpointing,
-            dtype,
-        )
-        for phase in config.phases
-    )
+    model, rows = config.model, config.training.micro_batch
+    recompute = config.engine.activation_checkpointing
+    text = any(set(phase.mix) != {"pairs"} for phase in config.phases)  # needs what captions do, and a mask
+    traced = _peak(model, rows, config.data.row_tokens, text, recompute, dtype)
+    if any(phase.losses.get("recall", 0) > 0 for phase in config.phases):
+        # each group's copy of keys and values, twice, and their gradients
+        traced += 4 * 2 * FP32 * -(-rows // model.recall_group) * model.memory_size * model.episode_dim
+    return traced
 
 
-def text_only(phase: PhaseConfig) -> bool:
-    """Whether a phase reads text alone; named sources count as captions, which need more."""
-    return set(phase.mix) == {"text"}
+def _peak(model: ModelConfig, rows: int, length: int, text: bool, recompute: bool, dtype: torch.dtype) -> int:
+    """`_traced` of any depth and number of rows, both of which it is linear in: tracing much takes time."""
+
+    def of(encoder: int, decoder: int, rows: int) -> int:
+        shallow = dataclasses.replace(model, encoder_layers=encoder, decoder_layers=decoder)
+        return _traced(shallow, rows, length, text, recompute, dtype)
+
+    def at(rows: int) -> int:
+        layers = model.encoder_layers + model.decoder_layers
+        if layers <= 3:
+            return of(model.encoder_layers, model.decoder_layers, rows)
+        few, more = of(1, 1, rows), of(1, 2, rows)
+        return few + (layers - 2) * (more - few)
+
+    if rows <= 2 * TRACED_ROWS:
+        return at(rows)
+    few, more = at(TRACED_ROWS), at(2 * TRACED_ROWS)
+    return few + (rows - TRACED_ROWS) * (more - few) // TRACED_ROWS
 
 
-@lru_cache(maxsize=64)
-def _traced(
-    model: ModelConfig, rows: int, length: int, losses: tuple[str, ...], text: bool, recompute: bool, dtype: torch.dtype
-) -> int:
-    """Peak bytes of a forward and backward pass, parameters and their gradients not counted."""
+@lru_cache(maxsize=256)
+def _traced(model: ModelConfig, rows: int, length: int, text: bool, recompute: bool, dtype: torch.dtype) -> int:
+    """Peak bytes of a forward and backward pass, parameters and their gradients not counted.
+
+    The other losses than the language model's need next to nothing, and the recall writes by the values of image ids,
+    which fakes lack.
+    """
     world = World(0, 1, 0, 1, torch.device("cpu"))
-    wanted = {name for name in losses if name != "recall"}  # writes by the values of image ids: no fake can do that
-    if rows % model.contrastive_group:
-        wanted.discard("contrastive")
     with FakeTensorMode():
         network = BitMar(model, activation_checkpointing=recompute, compute_dtype=dtype)
         for parameter in network.parameters():
@@ -213,14 +225,11 @@ def _traced(
             batch = _longest_batch(model, rows, length, text)
             memory = MemoryState.empty(model.memory_size, model.episode_dim)
             outputs = network(batch, memory)
-            parts = compute_losses(outputs, batch, world, model, wanted)
-            loss = torch.stack([*parts.sums.values(), 0.0 * outputs.side_sum()]).sum()
-            del outputs, parts
+            losses = compute_losses(outputs, batch, world, model, {"lm"})
+            loss = losses.sums["lm"] + 0.0 * outputs.side_sum()
+            del outputs, losses
             loss.backward()
-    copies = 0
-    if "recall" in losses:  # each group's copy of keys and values, twice, and their gradients
-        copies = 4 * 2 * FP32 * -(-rows // model.recall_group) * model.memory_size * model.episode_dim
-    return live.peak + copies
+    return live.peak
 
 
 def _let_go(parameter: Tensor) -> None:

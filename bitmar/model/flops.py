@@ -23,14 +23,14 @@ FORMULA = (
 class Work:
     """What a batch holds: real text positions, query-key pairs (n (n + 1) / 2 a record), captions with an image."""
 
-    tokens: float = 0.0
-    attended: float = 0.0
-    captions: float = 0.0
+    tokens: int | float = 0
+    attended: int | float = 0
+    captions: int | float = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(self.tokens + other.tokens, self.attended + other.attended, self.captions + other.captions)
 
-    def times(self, factor: float) -> Work:
+    def times(self, factor: int | float) -> Work:
         return Work(self.tokens * factor, self.attended * factor, self.captions * factor)
 
 
@@ -38,11 +38,11 @@ class Work:
 class Flops:
     """Operations of forward and backward: `text` of text positions and latents, `vision` of the vision tokens."""
 
-    text: float
-    vision: float
+    text: int | float
+    vision: int | float
 
     @property
-    def total(self) -> float:
+    def total(self) -> int | float:
         return self.text + self.vision
 
 

@@ -123,7 +123,6 @@ def measure_stage(world: World, config: Config) -> dict[str, int]:
     engine.step()
     del outputs, losses, batch, batches, memory
     state = held_bytes(before)
-    engine.close() if hasattr(engine, "close") else None
     return {"state": state, "peak": peak}
 
 

@@ -117,12 +117,12 @@ def test_a_plan_without_shards_uses_words(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_more_gpus_take_less_time(capsys: pytest.CaptureFixture[str]) -> None:
-    days = [json.loads(planned(capsys, *recipe("bitmar-700m"), "--gpus", n, "--json")[1])["days"] for n in ("1", "16")]
+    days = [json.loads(planned(capsys, *recipe("bitmar-120m"), "--gpus", n, "--json")[1])["days"] for n in ("1", "16")]
     assert days[0] == pytest.approx(16 * days[1])
 
 
 def test_what_does_not_fit_is_told_what_would_do(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*recipe("bitmar-700m"), "--ds", str(ROOT / "ds_configs/zero1.json"), "--gpus", "8"]
+    arguments = [*recipe("bitmar-120m"), "--ds", str(ROOT / "ds_configs/zero1.json"), "--gpus", "8"]
     code, out, _ = planned(capsys, *arguments, "--gpu-memory", "80GB", "--json")
     needed = json.loads(out)["bytes"]["total"]
     assert (code, json.loads(out)["fits"]) == (0, True)
