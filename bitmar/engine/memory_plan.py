@@ -142,7 +142,7 @@ def _owned_whole(groups: Sequence[Sequence[int]], flat: Sequence[int], world: in
 
 
 def _state_bytes_3(groups: Sequence[Sequence[int]], settings: ZeroSettings, world: int) -> StateBytes:
-    """ZeRO-3: every parameter is padded to the ranks; the weights that are stepped are those of the modules."""
+    """ZeRO-3: every parameter is padded to the ranks; the weights that are stepped are a copy here too."""
     sizes = [count for group in groups for count in group]
     own = sum(-(-count // world) for count in sizes)
     total = sum(sizes)
@@ -150,12 +150,11 @@ def _state_bytes_3(groups: Sequence[Sequence[int]], settings: ZeroSettings, worl
     live = min(total, persistent + settings.max_live + settings.prefetch)
     largest = min(max(sum(-(-count // world) for count in group) for group in groups), settings.sub_group)
     secondary = -(-total // settings.secondary) if settings.secondary > 1 else 0
-    weights, moments = own + secondary, 2 * own
-    device = {"parameters": weights, "gradients": own, "optimizer": moments, "step": largest}
+    device = {"parameters": own + secondary, "gradients": own, "optimizer": 3 * own, "step": largest}
     host = disk = 0
     if settings.optimizer_on != "none":
         device |= {"optimizer": 0, "gradients": 0, "step": 0}
-        moved = moments + own  # with a copy of the weights
+        moved = 3 * own
         host += 2 * own + (moved if settings.optimizer_on == "cpu" else 3 * largest)  # gradients, and the update's
         disk += 0 if settings.optimizer_on == "cpu" else moved
     if settings.parameters_on != "none":

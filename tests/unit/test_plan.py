@@ -64,14 +64,14 @@ def test_state_of_one_rank_holds_all(stage: int) -> None:
     state = state_bytes(groups, ZeroSettings(stage), world=1)
     assert state.parameters == pytest.approx(4 * 1031, abs=16)
     assert state.gradients == pytest.approx(4 * 1031, abs=16)
-    assert state.optimizer == pytest.approx((8 if stage == 3 else 12) * 1031, abs=48)
+    assert state.optimizer == pytest.approx(12 * 1031, abs=48)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_state_shrinks_with_the_ranks(stage: int) -> None:
     groups = [[1_000_000] * 8]
     few, many = (state_bytes(groups, ZeroSettings(stage), world).lasting for world in (1, 8))
-    expected = {1: 8 + 12 / 8, 2: 4 + 16 / 8, 3: 16 / 8}[stage]  # bytes a parameter
+    expected = {1: 8 + 12 / 8, 2: 4 + 16 / 8, 3: 20 / 8}[stage]  # bytes a parameter
     assert many == pytest.approx(8_000_000 * expected, rel=0.01)
     assert few > many
 
