@@ -22,6 +22,7 @@ from bitmar.model.memory import MemoryState
 from bitmar.observability.schema import Cadence, select
 from bitmar.observability.sinks import NullSink, Sink, open_sinks
 from bitmar.observability.stats import Statistics
+from bitmar.startup import StartUp
 from shards.loader import CacheOptions, Loader, LoaderState, Shape, ShardSet, ValidationSet
 from shards.order import PhaseSpec
 from shards.record import DataError
@@ -61,6 +62,7 @@ class Run:
     validated_at: int = -1
     saved_at: int = -1
     finished: bool = False  # an earlier start came to the end and wrote summary.json
+    start_up: StartUp = field(default_factory=StartUp)
     damaged: set[tuple[str, str]] = field(default_factory=set)  # (shard, key) that any rank has met, as of the last log
 
     @property
@@ -68,19 +70,25 @@ class Run:
         return last_step(self.config, self.lengths)
 
 
-def assemble(config: Config, world: World, dry_run: bool = False) -> Run:
-    """Build every part of the run; a dry run's leaves the disk as it is. Raises ConfigError, DataError, CheckpointError."""
+def assemble(config: Config, world: World, dry_run: bool = False, start_up: StartUp | None = None) -> Run:
+    """Build every part of the run; a dry run leaves the disk as it is. Raises ConfigError, DataError, CheckpointError."""
+    start_up = start_up or StartUp()
     config.check_world(world.size)
     shards = open_shards(config)
+    start_up.mark("shards")
     model = build_model(config, shards, world)
     parameters = parameter_counts(model)
+    start_up.mark("model")
     identity = checkpoint.identity(config, shards.tokenizer_hash, shards.identity)
     engine = ZeroEngine(model, config, world)
+    start_up.mark("engine")
     memory, progress = resume_or_start(config, engine, identity, world, dry_run)
+    start_up.mark("checkpoint")
     loader = open_loader(config, shards, progress, world)
     lengths = [loader.order.steps(i) for i in range(len(config.phases))]
     check_words(config, shards, loader)
     held_out = open_validation(config, shards, world)
+    start_up.mark("loader")
     last = last_step(config, lengths)
     finished = world.broadcast_object(progress.step >= last and summary_step(config) == progress.step)
     sinks = NullSink() if dry_run else open_run(config, world, progress, last, finished)
@@ -101,7 +109,9 @@ def assemble(config: Config, world: World, dry_run: bool = False) -> Run:
         counted=torch.zeros(2, dtype=torch.int64, device=world.device),
         saved_at=progress.step or -1,
         finished=finished,
+        start_up=start_up,
     )
+    start_up.mark("sinks")
     if world.is_first:
         announce(run)
     return run

@@ -221,7 +221,9 @@ def _length(
     if phase.steps is None:  # by the sources' sizes
         share = {name: source.words for name, source in mixed.items()}
     else:
-        share = {n: phase.mix[n] * s.words / _rows(config, TEXT if n not in captions else n, s) for n, s in mixed.items()}
+        share = {
+            n: phase.mix[n] * s.words / _rows(config, TEXT if n not in captions else n, s) for n, s in mixed.items()
+        }
     total, work = sum(share.values()), Work()
     for name, source in mixed.items():
         factor = words * share[name] / total / source.words if total and source.words else 0.0
@@ -244,7 +246,7 @@ def table(plan: Plan) -> str:
         "",
         f"a rank's memory, {plan.device}",
         *(f"  {name:<16}{_gib(count):>10}" for name, count in memory_parts(plan).items() if count),
-        f"  {'in all at most':<16}{_gib(plan.device_bytes):>10}  (gradients and activations are not at their most at once)",
+        f"  {'in all at most':<16}{_gib(plan.device_bytes):>10}  (gradients and activations peak apart)",
     ]
     if state.host or state.disk:
         places = (("host memory", state.host), ("disk", state.disk))

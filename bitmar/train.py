@@ -35,6 +35,7 @@ from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import Cadence, select
 from bitmar.observability.stats import Statistics, record_memory
 from bitmar.plan import counted_phases, make_plan, table
+from bitmar.startup import StartUp
 from shards.loader import LoaderState, Rows
 from shards.record import DataError
 
@@ -50,10 +51,16 @@ class TrainingError(RuntimeError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. A user's mistake is one line on standard error and exit code 2."""
     try:
+        start_up = StartUp()
+        start_up.mark("imports")
         config, dry_run = parse(sys.argv[1:] if arguments is None else arguments)
         config.check_world(int(os.environ.get("WORLD_SIZE", "1")))  # before the ranks wait for each other
         world = join_world(config.engine.timeout_s, config.engine.threads_per_rank)
-        (rehearse if dry_run else train)(config, world)
+        start_up.mark("process_group")
+        if dry_run:
+            rehearse(config, world)
+        else:
+            train(config, world, start_up)
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
         report(error)
         return 1 if isinstance(error, TrainingError) else USER_ERROR
@@ -80,8 +87,7 @@ def report(error: Exception) -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[Config, bool]:
-    """The command line: a checked Config, and whether it is a dry run. Raises ConfigError; bad flags exit as argparse's.
-    """
+    """(checked Config, whether it is a dry run). Raises ConfigError; bad flags exit as argparse does."""
     parser = argparse.ArgumentParser(prog="bitmar.train", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="recipe, see launch/recipes/")
     parser.add_argument("--resume", help="auto, never or a checkpoint's folder (checkpoint.resume)")
@@ -120,9 +126,9 @@ def rehearse(config: Config, world: World) -> None:
     world.barrier()
 
 
-def train(config: Config, world: World) -> None:
+def train(config: Config, world: World, start_up: StartUp | None = None) -> None:
     """Run every phase of the recipe, from where the run's newest checkpoint left off."""
-    run = assemble(config, world)
+    run = assemble(config, world, start_up=start_up)
     code = 1
     try:
         if run.finished:
@@ -132,6 +138,7 @@ def train(config: Config, world: World) -> None:
             return
         if run.progress.step == 0:
             run.progress = dataclasses.replace(run.progress, initial_loss=hold_validation(run))
+            run.start_up.mark("validation")
         loop(run)
         finish(run)
         code = 0
@@ -146,6 +153,7 @@ def loop(run: Run) -> None:
     while run.progress.step < run.last_step:
         started = time.perf_counter()
         state, rows = next_step(run, steps)
+        run.start_up.mark("first_batch")
         phase = config.phases[state.phase]
         rates = rates_at(run.progress.step, total, config.optimizer)
         run.engine.set_rates(rates, phase.train)
@@ -153,6 +161,8 @@ def loop(run: Run) -> None:
         result = train_step(run.engine, batches, run.memory, phase, config, run.world, run.progress.step)
         run.memory = result.memory
         advance(run, state, result)
+        if run.start_up.mark("first_step"):
+            run.sinks.event("started", step=run.progress.step, seconds=run.start_up.seconds, **run.start_up.parts)
         observe(run, rows, result)
         step = run.progress.step
         run.window.seconds += time.perf_counter() - started

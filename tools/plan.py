@@ -130,7 +130,11 @@ def report(known: argparse.Namespace) -> int:
     if fits:
         print(f"fits              {share}")
         return 0
-    print(f"does not fit      {share}; what would do, the least change first:" if changes else f"does not fit      {share}")
+    print(
+        f"does not fit      {share}; what would do, the least change first:"
+        if changes
+        else f"does not fit      {share}"
+    )
     for change in changes:
         print(f"  {change.plan.device_bytes / GIB:>8,.2f} GiB  {change.told()}")
     if not changes:
@@ -139,7 +143,7 @@ def report(known: argparse.Namespace) -> int:
 
 
 def memory_bytes(text: str) -> int:
-    """"80GB" or "24GiB" in bytes. Raises ConfigError."""
+    """ "80GB" or "24GiB" in bytes. Raises ConfigError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
     if not found:
         raise ConfigError(f"--gpu-memory must be a size such as 80GB or 24GiB, got {text!r}")
@@ -152,7 +156,7 @@ def memory_bytes(text: str) -> int:
 
 
 def words_of(text: str) -> float:
-    """"100M" or "1e8" as a number. Raises ConfigError."""
+    """ "100M" or "1e8" as a number. Raises ConfigError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMGT]?)", text.strip(), re.IGNORECASE)
     if not found or not float(found[1]) > 0:
         raise ConfigError(f"--words must be a number such as 100M, got {text!r}")
@@ -177,7 +181,9 @@ def lengths(config: Config, words: str | None, caption_share: float) -> tuple[li
     for phase in config.phases:
         for name in phase.mix:
             if name not in (TEXT, PAIRS):
-                raise ConfigError(f"phases[{phase.name}].mix names {name!r}, whose size only shards tell: none at {place}")
+                raise ConfigError(
+                    f"phases[{phase.name}].mix names {name!r}, whose size only shards tell: none at {place}"
+                )
     sources = assumed_sources(total * (1 - caption_share), total * caption_share, config.data.row_tokens)
     return assumed_phases(config, sources), False
 

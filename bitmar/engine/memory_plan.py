@@ -116,9 +116,7 @@ def _state_bytes_12(groups: Sequence[Sequence[int]], settings: ZeroSettings, wor
     buckets = settings.reduce_bucket * (2 if settings.overlap else 1)
     optimizer = 3 * own  # the weights once more, and two moments
     if settings.optimizer_on == "none":
-        return StateBytes(
-            FP32 * sum(flat), FP32 * gradients, FP32 * optimizer, FP32 * buckets, step=FP32 * largest
-        )
+        return StateBytes(FP32 * sum(flat), FP32 * gradients, FP32 * optimizer, FP32 * buckets, step=FP32 * largest)
     widest = max(map(max, groups))
     moved = optimizer + 2 * own  # and gradients, and the weights on their way back
     held = gradients if settings.stage == 1 else 2 * widest

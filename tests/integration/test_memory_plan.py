@@ -9,7 +9,6 @@ import ctypes
 import dataclasses
 import gc
 import json
-import os
 from pathlib import Path
 from typing import Any
 

@@ -46,6 +46,7 @@ shards.store
 shards.dataset
 shards.rows
 shards.loader
+bitmar.startup
 bitmar.config
 bitmar.engine.world
 bitmar.batch

@@ -108,9 +108,7 @@ class BareLoop:
             for matrices in (True, False)
         ]
         rates = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=(rates.beta1, rates.beta2), eps=rates.eps, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(rates.beta1, rates.beta2), eps=rates.eps, fused=True)
         self.memory = MemoryState.empty(config.model.memory_size, config.model.episode_dim)
 
     def step(self, batches: Sequence[Batch]) -> None:
