@@ -71,7 +71,10 @@ class Run:
 
 
 def assemble(config: Config, world: World, dry_run: bool = False, start_up: StartUp | None = None) -> Run:
-    """Build every part of the run; a dry run leaves the disk as it is. Raises ConfigError, DataError, CheckpointError."""
+    """Build every part of the run, in a dry run without a trace on the disk.
+
+    Raises ConfigError, DataError or CheckpointError.
+    """
     start_up = start_up or StartUp()
     config.check_world(world.size)
     shards = open_shards(config)

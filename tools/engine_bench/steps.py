@@ -161,7 +161,7 @@ def work_of(loader: Loader, step: int) -> Work:
     total = Work()
     for rows in loader.step_rows(LoaderState(0, step)):
         lengths = (rows.segments > 0).sum(1)[rows.valid].astype(float)
-        total += Work(lengths.sum(), (lengths * (lengths + 1) / 2).sum(), float(rows.has_vision.sum()))
+        total += Work(float(lengths.sum()), float((lengths * (lengths + 1) / 2).sum()), float(rows.has_vision.sum()))
     return total
 
 
