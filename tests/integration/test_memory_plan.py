@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 STAGES = (1, 2, 3)
 MICRO, LENGTH = 8, 32
 PHASE = PhaseConfig("p", {"pairs": 1.0}, {"lm": 1.0, "contrastive": 0.1, "recall": 0.1}, write_memory=True, steps=9)
-MODELS = {  # by world: 5 to 15 million parameters in different proportions
+MODELS: dict[int, dict[str, Any]] = {  # by world: 5 to 15 million parameters in different proportions
     1: dict(width=256, ffn_width=640, vocab_size=16_384, heads=4, encoder_layers=4, decoder_layers=4),
     2: dict(width=192, ffn_width=512, vocab_size=8192, heads=4, encoder_layers=5, decoder_layers=5),
     3: dict(width=320, ffn_width=800, vocab_size=4096, heads=4, encoder_layers=3, decoder_layers=3),
@@ -49,7 +49,7 @@ BUCKET_BYTES = 4 * BUCKET
 def config_of(world: int, ds_config: Path) -> Config:
     model = ModelConfig(
         vision_encoder_dim=24, memory_size=32, recall_group=4, contrastive_group=8, writes_per_step=4, **MODELS[world]
-    )  # type: ignore[arg-type]
+    )
     return Config(
         DataConfig("none", row_tokens=LENGTH),
         (PHASE,),
