@@ -148,6 +148,8 @@ def _state_bytes_3(groups: Sequence[Sequence[int]], settings: ZeroSettings, worl
     live = min(total, persistent + settings.max_live + settings.prefetch)
     largest = min(max(sum(-(-count // world) for count in group) for group in groups), settings.sub_group)
     secondary = -(-total // settings.secondary) if settings.secondary > 1 else 0
+    # a bucket is copied into the order of the ranks to be reduced, and fetched weights out of it
+    copies = min(settings.reduce_bucket, total) + min(settings.prefetch, total) if world > 1 else 0
     device = {"parameters": own + secondary, "gradients": own, "optimizer": 3 * own, "step": largest}
     host = disk = 0
     if settings.optimizer_on != "none":
@@ -161,7 +163,7 @@ def _state_bytes_3(groups: Sequence[Sequence[int]], settings: ZeroSettings, worl
         disk += own if settings.parameters_on == "nvme" else 0
     return StateBytes(
         **{name: FP32 * count for name, count in device.items()},
-        buckets=FP32 * settings.reduce_bucket,
+        buckets=FP32 * (settings.reduce_bucket + copies),
         gathered=FP32 * live,
         host=FP32 * host,
         disk=FP32 * disk,
