@@ -23,8 +23,9 @@ from bitmar.engine.zero import ZeroEngine, choose_precision
 from bitmar.model.bitmar import BitMar, parameter_counts
 from bitmar.model.memory import MemoryState
 from bitmar.observability.schema import Cadence, select
-from bitmar.observability.sinks import Sink, open_sinks
+from bitmar.observability.sinks import NullSink, Sink, open_sinks
 from bitmar.observability.stats import Statistics
+from bitmar.startup import StartUp
 from shards.loader import CacheOptions, Loader, LoaderState, Shape, ShardSet, ValidationSet
 from shards.order import PhaseSpec
 from shards.record import DataError
@@ -71,6 +72,7 @@ class Run:
     milestones_due: tuple[int, ...] = ()  # passed, and not saved yet
     guard: Guard = field(default_factory=Guard)
     finished: bool = False  # an earlier start came to the end and wrote summary.json
+    start_up: StartUp = field(default_factory=StartUp)
     damaged: set[tuple[str, str]] = field(default_factory=set)  # (shard, key) that any rank has met, as of the last log
 
     @property
@@ -78,28 +80,43 @@ class Run:
         return last_step(self.config, self.lengths)
 
 
-def assemble(config: Config, world: World, guard: Guard | None = None) -> Run:
-    """Build every part of the run. Raises ConfigError, DataError, CheckpointError or Stopped."""
+def assemble(
+    config: Config,
+    world: World,
+    guard: Guard | None = None,
+    start_up: StartUp | None = None,
+    dry_run: bool = False,
+) -> Run:
+    """Build every part of the run, in a dry run without a trace on the disk.
+
+    Raises ConfigError, DataError, CheckpointError or Stopped.
+    """
+    start_up = start_up or StartUp()
     config.check_world(world.size)
     guard = guard or Guard()
     begin("opening the shards", world, guard)
     shards = open_shards(config)
+    start_up.mark("shards")
     begin("building the engine", world, guard)
     model = build_model(config, shards, world)
     parameters = parameter_counts(model)
+    start_up.mark("model")
     identity = checkpoint.identity(config, shards.tokenizer_hash, shards.identity)
     engine = ZeroEngine(model, config, world)
+    start_up.mark("engine")
     begin("loading a checkpoint", world, guard)
-    start = resume_or_start(config, engine, identity, world)
+    start = resume_or_start(config, engine, identity, world, dry_run)
     memory, progress = start.memory, start.progress
+    start_up.mark("checkpoint")
     begin("preparing the data", world, guard)
     loader = open_loader(config, shards, progress, world)
     lengths = [loader.order.steps(i) for i in range(len(config.phases))]
     check_words(config, shards, loader)
     held_out = open_validation(config, shards, world)
+    start_up.mark("loader")
     last = last_step(config, lengths)
     finished = world.broadcast_object(progress.step >= last and summary_step(config) == progress.step)
-    sinks = open_run(config, world, progress, last, finished)
+    sinks = NullSink() if dry_run else open_run(config, world, progress, last, finished)
     run = Run(
         config=config,
         world=world,
@@ -120,7 +137,9 @@ def assemble(config: Config, world: World, guard: Guard | None = None) -> Run:
         saved_at=progress.step or -1,
         finished=finished,
         guard=guard,
+        start_up=start_up,
     )
+    start_up.mark("sinks")
     for problem in start.passed_over:
         sinks.event("checkpoint_passed_over", problem=problem)
     if world.is_first:
@@ -222,18 +241,22 @@ class Start:
     passed_over: tuple[str, ...] = ()  # what is wrong with later checkpoints
 
 
-def resume_or_start(config: Config, engine: ZeroEngine, identity: dict[str, Any], world: World) -> Start:
-    """From the checkpoint that checkpoint.resume asks for, or afresh. Raises CheckpointError."""
+def resume_or_start(
+    config: Config, engine: ZeroEngine, identity: dict[str, Any], world: World, dry_run: bool = False
+) -> Start:
+    """From the checkpoint that checkpoint.resume asks for, or afresh; a dry run renames and removes none.
+
+    Raises CheckpointError."""
     wish, directory = config.checkpoint.resume, config.run_directory
-    if world.is_first:
+    if world.is_first and not dry_run:
         checkpoint.remove_left_overs(directory)
     found = world.broadcast_object(checkpoint.checkpoint_directories(directory))
     if wish == "auto" and found:
-        return resume_newest(found, engine, identity, world)
+        return resume_newest(found, engine, identity, world, dry_run)
     if wish not in ("auto", "never"):
         chosen = Path(wish)
         start = Start(*checkpoint.load(chosen, engine, identity, world))
-        if world.is_first and chosen.resolve().parent.parent == directory.resolve():
+        if world.is_first and not dry_run and chosen.resolve().parent.parent == directory.resolve():
             for path in checkpoint.set_aside_later(chosen):
                 print(f"set aside a later checkpoint: {path}", flush=True)
         return start
@@ -247,7 +270,9 @@ def resume_or_start(config: Config, engine: ZeroEngine, identity: dict[str, Any]
     return Start(memory, Progress(world.broadcast_object(secrets.token_hex(4))))
 
 
-def resume_newest(found: list[Path], engine: ZeroEngine, identity: dict[str, Any], world: World) -> Start:
+def resume_newest(
+    found: list[Path], engine: ZeroEngine, identity: dict[str, Any], world: World, dry_run: bool
+) -> Start:
     """From the newest checkpoint that is not damaged; `found`: newest first. Raises CheckpointError."""
     passed_over: list[str] = []
     for directory in found:
@@ -257,7 +282,7 @@ def resume_newest(found: list[Path], engine: ZeroEngine, identity: dict[str, Any
             passed_over.append(str(error))
             continue
         for bad, problem in zip(found, passed_over, strict=False):
-            if world.is_first:
+            if world.is_first and not dry_run:
                 print(f"{problem}; set aside as {checkpoint.set_aside(bad, 'damaged')}", flush=True)
         world.barrier()
         return Start(memory, progress, tuple(passed_over))

@@ -7,6 +7,7 @@ G groups, M captions of a group.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +55,32 @@ def compute_losses(outputs: Outputs, batch: Batch, world: World, config: ModelCo
 
 def token_losses(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """Cross-entropy of each position in nats (fp32), 0 where the target is IGNORE."""
-    flat = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
-    return flat.view(targets.shape)
+    flat = _CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+    return flat.view(targets.shape)  # type: ignore[union-attr]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of each position. The gradient, softmax minus target, is one tensor of the logits' size.
+
+    torch's own needs three of that size, which is what such a pass waits for.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        counted = targets != IGNORE
+        at = targets.clamp(min=0)[:, None]
+        ctx.save_for_backward(log_probabilities, at, counted)
+        ctx.logits_dtype = logits.dtype
+        return -log_probabilities.gather(1, at)[:, 0].masked_fill(~counted, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        log_probabilities, at, counted = ctx.saved_tensors
+        factor = (grads[0] * counted)[:, None]
+        gradient = log_probabilities.exp().mul_(factor)
+        gradient.scatter_add_(1, at, -factor)
+        return gradient.to(ctx.logits_dtype), None
 
 
 def contrastive_loss(outputs: Outputs, batch: Batch, world: World, group: int) -> Float[Tensor, ""]:

@@ -34,7 +34,9 @@ from bitmar.observability.plots import write_plots
 from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import Cadence, select
 from bitmar.observability.stats import Statistics, record_memory
+from bitmar.rehearsal import rehearse
 from bitmar.saving import mark_due, save, tell_saved
+from bitmar.startup import StartUp
 from shards.loader import LoaderState, Rows
 from shards.record import DataError
 
@@ -48,11 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. A user's mistake is one line on standard error and exit code 2; the others: engine/faults.py."""
     guard = Guard()
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
+        start_up = StartUp()
+        start_up.mark("imports")
+        config, dry_run = parse(sys.argv[1:] if arguments is None else arguments)
         config.check_world(int(os.environ.get("WORLD_SIZE", "1")))  # before the ranks wait for each other
         guard.start(config.faults, config.run_directory)
         world = join_world(config.engine.timeout_s, config.engine.threads_per_rank)
-        train(config, world, guard)
+        start_up.mark("process_group")
+        if dry_run:
+            rehearse(config, world)
+        else:
+            train(config, world, guard, start_up)
     except Stopped as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
@@ -83,21 +91,24 @@ def report(error: Exception) -> None:
     print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
 
 
-def parse(arguments: Sequence[str]) -> Config:
-    """The command line as a checked Config. Raises ConfigError; bad flags exit as argparse does."""
+def parse(arguments: Sequence[str]) -> tuple[Config, bool]:
+    """(checked Config, whether it is a dry run). Raises ConfigError; bad flags exit as argparse does."""
     parser = argparse.ArgumentParser(prog="bitmar.train", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", type=Path, required=True, help="recipe, see launch/recipes/")
     parser.add_argument("--resume", help="auto, never or a checkpoint's folder (checkpoint.resume)")
+    parser.add_argument("--max-steps", help="stop after so many optimizer steps in all (training.max_steps)")
+    parser.add_argument("--dry-run", action="store_true", help="assemble everything, print the plan, train nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     known = parser.parse_intermixed_args(arguments)
-    resume = [f"checkpoint.resume={known.resume}"] if known.resume else []
-    return load_config(known.config, [*known.overrides, *resume])
+    flags = {"checkpoint.resume": known.resume, "training.max_steps": known.max_steps}
+    named = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    return load_config(known.config, [*known.overrides, *named]), known.dry_run
 
 
-def train(config: Config, world: World, guard: Guard | None = None) -> None:
+def train(config: Config, world: World, guard: Guard | None = None, start_up: StartUp | None = None) -> None:
     """Run every phase of the recipe, from where the run's newest checkpoint left off. Raises Stopped when asked to."""
-    run = assemble(config, world, guard)
+    run = assemble(config, world, guard, start_up)
     code = 1
     try:
         if run.finished:
@@ -107,6 +118,7 @@ def train(config: Config, world: World, guard: Guard | None = None) -> None:
             return
         if run.progress.step == 0:
             run.progress = dataclasses.replace(run.progress, initial_loss=hold_validation(run))
+            run.start_up.mark("validation")
         elif run.progress.validation_due:
             hold_validation(run)
         loop(run)
@@ -128,6 +140,7 @@ def loop(run: Run) -> None:
         run.guard.beat("waiting for data", run.progress.step)
         state, rows = next_step(run, steps)
         run.guard.beat("training", run.progress.step)
+        run.start_up.mark("first_batch")
         rates = rates_at(run.progress.step, total, config.optimizer)
         if run.progress.step in run.progress.left_out:
             advance(run, state, None)
@@ -143,6 +156,8 @@ def loop(run: Run) -> None:
             run.memory = result.memory
             advance(run, state, result)
             observe(run, rows, result)
+            if run.start_up.mark("first_step"):
+                run.sinks.event("started", step=run.progress.step, seconds=run.start_up.seconds, **run.start_up.parts)
             run.window.seconds += time.perf_counter() - started
         run.window.last = state, rates
         step = run.progress.step

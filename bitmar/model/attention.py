@@ -81,10 +81,11 @@ class SelfAttention(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"], positions: Positions | None) -> Float[Tensor, "B T D"]:
         if positions is not None and positions.packing is not None:
             return self.output(self.sub_norm(self._within_captions(self.qkv(x), positions, positions.packing)))
-        query, key, value = (_split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        mask = None
+        parts = _split_heads(self.qkv(x), 3 * self.heads)
+        mask, (query_key, value) = None, parts.split((2 * self.heads, self.heads), dim=1)
         if positions is not None:
-            query, key, mask = rotate(query, positions), rotate(key, positions), positions.mask
+            query_key, mask = rotate(query_key, positions), positions.mask
+        query, key = query_key.chunk(2, dim=1)
         causal = positions is not None and mask is None
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         return self.output(self.sub_norm(mixed.transpose(1, 2).flatten(2)))

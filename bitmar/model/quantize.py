@@ -26,8 +26,10 @@ LEVELS = 127.0  # largest 8-bit activation
 
 def ternary_scale(weight: Float[Tensor, "O I"], sections: tuple[int, ...]) -> Float[Tensor, "O 1"]:
     """gamma of each output row: mean|W| over the row's section (one section is one matrix of the paper)."""
+    parts = weight.split(sections)
+    sums = [torch.linalg.vector_norm(part, 1, dtype=torch.float32) for part in parts]  # of |W|, without a copy of it
     means = [
-        part.abs().mean(dtype=torch.float32).clamp(min=EPS).expand(len(part), 1) for part in weight.split(sections)
+        (total / part.numel()).clamp(min=EPS).expand(len(part), 1) for total, part in zip(sums, parts, strict=True)
     ]
     return torch.cat(means) if len(means) > 1 else means[0]
 
@@ -55,20 +57,31 @@ class _BitLinear(torch.autograd.Function):
         w_q = ternary(weight, scale).to(dtype)
         x_q, step = quantize_activations(x)
         x_q = x_q.to(dtype)  # whole numbers up to 127 are exact in bf16 too
-        ctx.save_for_backward(x_q, step, w_q.to(torch.int8), scale)
-        ctx.input_dtype = x.dtype
         y = F.linear(x_q, w_q)
-        return (y * step).mul_(scale.T).to(dtype)
+        if len(sections) > 1:
+            y = y.mul_(step).mul_(scale.T) if y.dtype == step.dtype else (y * step).mul_(scale.T)
+        else:
+            y = y.mul_(step * scale[0]) if y.dtype == step.dtype else y * (step * scale[0])
+        # what the backward pass multiplies by: a CPU would convert for longer than it saves memory
+        kept = w_q.mul_(scale) if kind == "cpu" else w_q.to(torch.int8)
+        ctx.save_for_backward(x_q, step, kept, scale)
+        ctx.input_dtype = x.dtype
+        return y.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
-        x_q, step, w_q, scale = ctx.saved_tensors
+        x_q, step, kept, scale = ctx.saved_tensors
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ (w_q * scale).to(grad.dtype)).to(ctx.input_dtype)
-        if ctx.needs_input_grad[1]:
-            grad_w = ((grad * step).to(x_q.dtype).T @ x_q).to(scale.dtype)
+            weight = (kept * scale).to(grad.dtype) if kept.dtype == torch.int8 else kept
+            grad_x = (grad @ weight).to(ctx.input_dtype)
+        if ctx.needs_input_grad[1]:  # the step goes to the smaller operand
+            if grad.shape[1] < x_q.shape[1]:
+                grad_w = (grad * step).to(x_q.dtype).T @ x_q
+            else:
+                grad_w = grad.T @ (x_q * step).to(x_q.dtype)
+            grad_w = grad_w.to(scale.dtype)
         return grad_x, grad_w, None
 
 

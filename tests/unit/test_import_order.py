@@ -46,6 +46,7 @@ shards.store
 shards.dataset
 shards.rows
 shards.loader
+bitmar.startup
 bitmar.config
 bitmar.engine.world
 bitmar.engine.extensions bitmar.engine.launcher bitmar.engine.watchdog
@@ -54,7 +55,7 @@ bitmar.model.quantize
 bitmar.model.attention
 bitmar.model.blocks
 bitmar.model.text bitmar.model.vision bitmar.model.fusion bitmar.model.memory
-bitmar.model.bitmar
+bitmar.model.bitmar bitmar.model.flops
 bitmar.losses
 bitmar.engine.schedule
 bitmar.engine.ds_config
@@ -62,6 +63,7 @@ bitmar.engine.fragments
 bitmar.engine.retention
 bitmar.engine.zero
 bitmar.engine.step
+bitmar.engine.memory_plan
 bitmar.engine.checkpoint
 bitmar.engine.faults
 bitmar.observability.schema
@@ -75,7 +77,10 @@ bitmar.observability.sinks
 bitmar.evaluation
 bitmar.export
 bitmar.assembly
+bitmar.saving
 bitmar.recovery
+bitmar.plan
+bitmar.rehearsal
 bitmar.train
 bitmar.analysis
 """

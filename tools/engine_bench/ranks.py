@@ -1,0 +1,115 @@
+"""Rows "engine rank": two ranks on two cores against one rank on one core."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from statistics import median
+
+import torch.multiprocessing as mp
+
+from bitmar.assembly import build_model, open_loader, open_shards
+from bitmar.config import Config
+from bitmar.engine.checkpoint import Progress
+from bitmar.engine.schedule import rates_at
+from bitmar.engine.step import train_step
+from bitmar.engine.world import free_port, join_world, leave_world
+from bitmar.engine.zero import ZeroEngine
+from bitmar.model.memory import MemoryState
+from tools.data_bench.records import ROOT
+from tools.engine_bench.common import ENDLESS, Bench, Row, step_batches
+
+BARS = {1: 1.7, 3: 1.5}  # by ZeRO stage
+WAIT_S = 900  # for an answer: a guard against hangs
+
+
+def rank_rows(bench: Bench) -> Iterator[Row]:
+    """Samples a second of both worlds, whose rounds alternate."""
+    if (os.cpu_count() or 1) < 2:
+        return
+    for stage, bar in BARS.items():
+        config = bench.config(
+            "bitmar-14m",
+            "ranks",
+            "training.precision=fp32",
+            f"engine.ds_config={ROOT / 'ds_configs' / f'zero{stage}.json'}",
+            *(["training.global_batch=64"] if bench.quick else []),
+        )
+        one, two = Group(config, 1), Group(config, 2)
+        ratios, rates = list[float](), list[tuple[float, float]]()
+        for turn in range(3 if bench.quick else 9):
+            alone, together = one.seconds(1), two.seconds(1)
+            if turn:
+                rates.append((config.training.global_batch / together, config.training.global_batch / alone))
+                ratios.append(alone / together)
+        one.close()
+        two.close()
+        yield {
+            "name": f"engine rank: 2 ranks on 2 cores against 1 rank on 1 core (bitmar-14m, ZeRO-{stage}, "
+            f"{bench.records.kind}, one thread a rank)",
+            "ours": round(median(mine for mine, _ in rates), 2),
+            "theirs": round(median(other for _, other in rates), 2),
+            "ratio": round(median(ratios), 3),
+            "unit": "samples/s",
+            "bar": f">= {bar}",
+            "ok": bench.verdict(ratios, lambda ratio, bar=bar: ratio >= bar),
+            "each_round": [round(ratio, 3) for ratio in ratios],
+        }
+
+
+class Group:
+    """The ranks of a world, each on a core of its own, that train when they are told to."""
+
+    def __init__(self, config: Config, size: int) -> None:
+        context, port = mp.get_context("spawn"), free_port()
+        pairs = [context.Pipe() for _ in range(size)]
+        self.links = [mine for mine, _ in pairs]
+        self.ranks = [
+            context.Process(target=_rank, args=(rank, size, port, config, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pairs)
+        ]
+        for rank in self.ranks:
+            rank.start()
+
+    def seconds(self, steps: int) -> float:
+        """Time that the slowest rank takes for so many steps."""
+        for link in self.links:
+            link.send(steps)
+        taken = []
+        for link in self.links:
+            if not link.poll(WAIT_S):
+                raise RuntimeError("a rank of the benchmark does not answer")
+            taken.append(link.recv())
+        return max(taken)
+
+    def close(self) -> None:
+        for link in self.links:
+            link.send(0)
+        for rank in self.ranks:
+            rank.join()
+
+
+def _rank(rank: int, size: int, port: int, config: Config, link: Connection) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = join_world(threads=1)
+    shards = open_shards(config)
+    engine = ZeroEngine(build_model(config, shards, world), config, world)
+    loader = open_loader(config, shards, Progress("none"), world)
+    memory, taken, phase = MemoryState.empty(config.model.memory_size, config.model.episode_dim), 0, config.phases[0]
+    while steps := link.recv():
+        began = time.perf_counter()
+        for step in range(taken, taken + steps):
+            engine.set_rates(rates_at(step, ENDLESS, config.optimizer), phase.train)
+            batches = step_batches(loader, step, world)
+            memory = train_step(engine, batches, memory, phase, config, world, step).memory
+        world.barrier()
+        taken += steps
+        link.send(time.perf_counter() - began)
+    leave_world()
