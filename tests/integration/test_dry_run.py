@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from bitmar import train
 from bitmar.engine.world import World
 from tests.support.ranks import run_ranks
 from tests.support.runs import ROOT, checkpoint_tensors, differing, metrics, newest, recipe, tiny_config, write_recipe
+from tests.support.trainers import shell_environment
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,7 @@ def test_a_seed_decides_over_everything(runs: tuple[Path, list[Any]]) -> None:
 def test_the_command_line_stops_and_rehearses(tmp_path: Path, tiny_shards: Path) -> None:
     path = write_recipe(tmp_path / "recipe.yaml", recipe(tiny_shards, tmp_path / "runs", "told"))
     command = [sys.executable, "-m", "bitmar.train", "--config", str(path), "--max-steps", "7", "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=dict(os.environ))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=shell_environment())
     assert done.returncode == 0, done.stderr
     lines = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.split()}
     assert lines["taken"][1] == "7"
