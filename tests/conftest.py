@@ -1,8 +1,11 @@
-"""Shapes and types of the model are checked at every call while tests run."""
+"""Shapes and types of the model are checked at every call while tests run; no test leaves its environment behind."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,3 +14,13 @@ from jaxtyping import install_import_hook
 
 # The hook must stand before the first import of what it checks, and stays for the whole session.
 install_import_hook(["bitmar.batch", "bitmar.losses", "bitmar.model"], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """Joining a process group names rank, port and network interface: no command of a later test must inherit them."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from tests.support.runs import cannot_run
+from tests.support.trainers import shell_environment
 
 CABLE = Path(__file__).resolve().parents[1] / "support" / "cable.py"
 SSHD = "/usr/sbin/sshd"
@@ -104,10 +105,8 @@ class Network:
 
     def environment(self) -> dict[str, str]:
         """As a person's shell has it who reaches the hosts; a host that is silent for 6 s counts as lost."""
-        dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WANDB_MODE", "WANDB_API_KEY")
         ssh = f"-F {self.folder}/ssh_config -o ServerAliveInterval=2 -o ConnectTimeout=4"
-        kept = {name: value for name, value in os.environ.items() if name not in dropped}
-        return kept | {"PDSH_SSH_ARGS_APPEND": ssh, "PYTHONUNBUFFERED": "1"}
+        return shell_environment() | {"PDSH_SSH_ARGS_APPEND": ssh, "PYTHONUNBUFFERED": "1"}
 
     def inside(self, *command: str) -> list[str]:
         return ["ip", "netns", "exec", self.switch, *command]

@@ -16,12 +16,15 @@ from bitmar.engine.world import free_port
 from tests.support.runs import ROOT
 
 END_WITHIN_S = 120.0  # a guard against a hang
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE")
+LAUNCHED = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "BITMAR_LAUNCHER_PID"),
+)
 
 
 def shell_environment(**changes: str) -> dict[str, str]:
     """As a person's shell has it: no rank, no wandb mode of a test, no key."""
-    left_out = (*LAUNCHED, "MASTER_ADDR", "MASTER_PORT", "WANDB_MODE", "WANDB_API_KEY", "BITMAR_LAUNCHER_PID")
+    left_out = {*LAUNCHED, "WANDB_MODE", "WANDB_API_KEY"}
     return {name: value for name, value in os.environ.items() if name not in left_out} | changes
 
 
