@@ -14,7 +14,7 @@ exec 3<&0 </dev/null
         code=$?
         [ "$code" -eq 0 ] || [ "$code" -gt 128 ] || break # 1: end of file; above 128: nothing came
     done
-    for _ in {1..35}; do # ranks that notice it themselves have seven seconds to save (engine/faults.py, GRACE_S)
+    for _ in {1..25}; do # ranks that notice it themselves have five seconds to save (engine/faults.py, GRACE_S)
         [ -e "/proc/$$" ] || break
         sleep 0.2
     done

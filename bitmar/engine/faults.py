@@ -31,7 +31,7 @@ __all__ = ["HUNG", "START_UP_S", "STOPPED", "Guard", "Notice", "Stopped", "Train
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # of schedulers that take the node away, and terminals
 LOOK_S = 0.5  # between two looks at the launcher
-GRACE_S = 7.0  # what a rank has for its checkpoint once its launcher has gone
+GRACE_S = 5.0  # what a rank has for its checkpoint once its launcher has gone
 
 
 class TrainingError(RuntimeError):
