@@ -273,8 +273,9 @@ def open_sinks(
 ) -> Sink:
     """The sinks of a rank: files, console and wandb on rank 0, nothing and no file on any other.
 
-    With `resume_step`, metrics of later steps are cut off first. `wandb_mode` "disabled" leaves wandb out
-    altogether; None lets the key decide. Raises OSError when the run's directory cannot be written.
+    With `resume_step`, metrics of later steps are cut off first; without it those of a start that left no checkpoint.
+    `wandb_mode` "disabled" leaves wandb out altogether; None lets the key decide. Raises OSError when the run's
+    directory cannot be written.
     """
     if rank != 0:
         return NullSink()
@@ -283,6 +284,8 @@ def open_sinks(
     local = MultiSink(sinks)
     if resume_step is not None:
         local.event("resume", step=resume_step, lines_cut=files.truncate_after(resume_step))
+    elif cut := files.truncate_after(-1):
+        local.event("warning", message="a start that left no checkpoint is begun again", lines_cut=cut)
     if wandb_mode == "disabled":
         return local
     mirror = WandbSink(run_dir, project, name, run_id, config, wandb_mode, warnings=local)

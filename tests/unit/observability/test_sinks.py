@@ -199,6 +199,17 @@ def test_rank_0_writes_all_files_and_resumes(tmp_path: Path, capsys: pytest.Capt
     assert "step 40/40  loss 1.000" in capsys.readouterr().out
 
 
+def test_a_start_that_left_no_checkpoint_leaves_no_metrics_either(tmp_path: Path) -> None:
+    for steps in ((0, 1, 2, 3), (0, 1)):
+        sink = open_sinks(tmp_path, 0, **ABOUT, wandb_mode="disabled")
+        for step in steps:
+            sink.log(step, {"Training/Loss": 1.0})
+        sink.close()
+    assert [line["Training/Step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1]
+    (event,) = read_lines(tmp_path / "events.jsonl")
+    assert (event["kind"], event["lines_cut"]) == ("warning", 4)
+
+
 def test_a_wandb_that_dies_is_given_up_with_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "c0ffee-canary")
 
