@@ -8,14 +8,17 @@ from bitmar.assembly import assemble
 from bitmar.batch import Batch
 from bitmar.config import Config
 from bitmar.engine.ds_config import read_ds_config
+from bitmar.engine.faults import Guard
 from bitmar.engine.memory_plan import ZeroSettings
 from bitmar.engine.world import World
 from bitmar.plan import counted_phases, make_plan, table
 
 
-def rehearse(config: Config, world: World) -> None:
-    """Assemble a run with its first batch and print what it will take; nothing is trained, nothing is written."""
-    run = assemble(config, world, dry_run=True)
+def rehearse(config: Config, world: World, guard: Guard) -> None:
+    """Assemble a run with its first batch and print what it will take; nothing is trained, nothing is written.
+
+    Raises what `assemble` does."""
+    run = assemble(config, world, guard, dry_run=True)
     steps = iter(run.loader)
     item = next(steps, None)
     batches = [Batch.from_rows(part, world.device) for part in item[1]] if item else []

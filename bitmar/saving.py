@@ -9,8 +9,9 @@ from bitmar.engine.retention import Keep
 
 def mark_due(run: Run) -> None:
     """After a step: note whether a checkpoint of it is asked for, by its number or by a milestone in words."""
-    run.milestones_due += run.milestones.passed(lambda: run.progress.words + int(run.counted[0]))
-    run.save_due |= run.progress.step % run.config.checkpoint.every_steps == 0 or bool(run.milestones_due)
+    passed = run.milestones.passed(lambda: run.progress.words + int(run.counted[0]))
+    run.milestones_due += passed
+    run.save_due |= run.progress.step % run.config.checkpoint.every_steps == 0 or bool(passed)
 
 
 def save(run: Run, wait: bool = False) -> None:
@@ -28,11 +29,13 @@ def save(run: Run, wait: bool = False) -> None:
 
 
 def tell_saved(run: Run, ended: list[Saved]) -> None:
-    """Log how saves ended. One that failed has taken nothing away, and training goes on."""
+    """Log how saves ended. One that failed has taken nothing away, and training goes on; the next one stands for the
+    milestones that it was to keep."""
     for saved in ended:
         if saved.problem is not None:
             run.sinks.event("checkpoint_failed", step=saved.step, problem=saved.problem)
             run.saved_at = -1 if run.saved_at == saved.step else run.saved_at
+            run.milestones_due = saved.milestone_words + run.milestones_due
         else:
             hold = round(saved.hold_seconds, 4)
             run.sinks.event("checkpoint", step=saved.step, path=str(saved.path), hold_seconds=hold)

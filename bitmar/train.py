@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         world = join_world(config.engine.timeout_s, config.engine.threads_per_rank)
         start_up.mark("process_group")
         if dry_run:
-            rehearse(config, world)
+            rehearse(config, world, guard)
         else:
             train(config, world, guard, start_up)
     except Stopped as error:

@@ -81,6 +81,7 @@ class Saved:
 
     step: int
     path: Path
+    milestone_words: tuple[int, ...]  # passed at its step
     problem: str | None  # why there is no checkpoint; training may go on
     left_over: str | None  # why an older checkpoint could not be removed
     hold_seconds: float  # that training waited on this rank
@@ -185,7 +186,8 @@ class Saver:
             return []
         problem, left_over = self._world.broadcast_object(pending.naming.result())
         self._pending = None
-        return [Saved(pending.step, pending.directory, problem, left_over, pending.hold_seconds)]
+        passed = tuple(pending.state["keep"]["milestone_words"])
+        return [Saved(pending.step, pending.directory, passed, problem, left_over, pending.hold_seconds)]
 
     def wait(self) -> list[Saved]:
         """See a pending save to its end (a collective)."""

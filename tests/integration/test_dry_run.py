@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bitmar import train
+from bitmar.engine.faults import Guard
 from bitmar.engine.world import World
 from tests.support.ranks import run_ranks
 from tests.support.runs import ROOT, checkpoint_tensors, differing, metrics, newest, recipe, tiny_config, write_recipe
@@ -27,8 +28,8 @@ def scenario(world: World, folder: str, shards: str) -> list[dict[str, float]]:
     world.barrier()
     before = snapshot(runs)
     earlier = f"checkpoint.resume={runs / 'one' / 'checkpoints' / 'step_00000005'}"
-    train.rehearse(tiny_config(base / f"recipes{world.rank}", Path(shards), runs, "one", earlier), world)
-    train.rehearse(tiny_config(base / f"recipes{world.rank}", Path(shards), runs, "new"), world)
+    train.rehearse(tiny_config(base / f"recipes{world.rank}", Path(shards), runs, "one", earlier), world, Guard())
+    train.rehearse(tiny_config(base / f"recipes{world.rank}", Path(shards), runs, "new"), world, Guard())
     return [before, snapshot(runs)]
 
 
