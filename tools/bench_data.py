@@ -6,7 +6,6 @@ import os
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import argparse
 import json
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from tools.bench_groups import read_groups
 from tools.data_bench.conversion import conversion_rows
 from tools.data_bench.loaders import loader_rows
 from tools.data_bench.order import packing_rows, padding_rows, plan_rows, seek_rows
@@ -37,18 +37,12 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the groups asked for and print their rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; none: all")
-    parser.add_argument("--quick", action="store_true", help="smaller and shorter: under a minute")
-    known = parser.parse_args(arguments)
-    unknown = [name for name in known.groups if name not in GROUPS]
-    if unknown:
-        parser.error(f"no group {unknown[0]!r}: choose from {', '.join(GROUPS)}")
+    groups, quick = read_groups(__doc__ or "", GROUPS, arguments)
     torch.set_num_threads(1)
     machine = describe_machine()
     with tempfile.TemporaryDirectory() as name:
-        bench = Bench(Path(name), known.quick)
-        for group in known.groups or GROUPS:
+        bench = Bench(Path(name), quick)
+        for group in groups:
             for row in GROUPS[group](bench):
                 print(json.dumps(row | {"machine": machine}), flush=True)
     return 0

@@ -12,7 +12,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
-import argparse
 import contextlib
 import json
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bitmar.engine.world import leave_world
+from tools.bench_groups import read_groups
 from tools.engine_bench.captions import caption_rows
 from tools.engine_bench.checkpoints import checkpoint_rows
 from tools.engine_bench.common import Bench, Row
@@ -43,18 +43,12 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the groups asked for and print their rows; the trainer's own lines go to standard error."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; none: all")
-    parser.add_argument("--quick", action="store_true", help="smaller and shorter: under a minute")
-    known = parser.parse_args(arguments)
-    unknown = [name for name in known.groups if name not in GROUPS]
-    if unknown:
-        parser.error(f"no group {unknown[0]!r}: choose from {', '.join(GROUPS)}")
+    groups, quick = read_groups((__doc__ or "").split("\n\n")[0], GROUPS, arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)
     machine, out = describe_machine(), sys.stdout
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        bench = Bench(Path(folder), known.quick)
-        for group in known.groups or GROUPS:
+        bench = Bench(Path(folder), quick)
+        for group in groups:
             for row in GROUPS[group](bench):
                 print(json.dumps(row | {"machine": machine}), file=out, flush=True)
         leave_world()

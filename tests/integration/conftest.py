@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.integration.hosts import Network, network
 from tests.support.runs import make_shards, run_tool
 
 
@@ -27,3 +29,10 @@ def tiny_shards(tiny_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def other_shards(tiny_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same raw files under another tokenizer."""
     return make_shards(tiny_raw, tmp_path_factory.mktemp("other_shards") / "shards", vocabulary=400)
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    """Three hosts."""
+    with network(3, tmp_path_factory.mktemp("network")) as made:
+        yield made

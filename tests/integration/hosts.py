@@ -21,8 +21,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.processes import shell_environment
 from tests.support.runs import cannot_run
-from tests.support.trainers import shell_environment
 
 CABLE = Path(__file__).resolve().parents[1] / "support" / "cable.py"
 SSHD = "/usr/sbin/sshd"

@@ -12,9 +12,9 @@ import pytest
 from bitmar import train
 from bitmar.engine.faults import Guard
 from bitmar.engine.world import World
+from tests.support.processes import shell_environment
 from tests.support.ranks import run_ranks
 from tests.support.runs import ROOT, checkpoint_tensors, differing, metrics, newest, recipe, tiny_config, write_recipe
-from tests.support.trainers import shell_environment
 
 pytestmark = pytest.mark.slow
 

@@ -8,13 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.support.processes import processes_of, shell_environment, wait_for
 from tests.support.runs import ROOT, heed_interrupts, metrics, newest, recipe, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -22,37 +21,10 @@ pytestmark = pytest.mark.slow
 END_WITHIN_S = 60.0  # a guard against a hang
 
 
-@pytest.fixture(autouse=True)
-def launcher_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a person's shell has it: no rank, no wandb mode of a test, no key."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(ROOT / "launch" / name), *arguments]
-    env = dict(os.environ) | environment
+    env = shell_environment(**environment)
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
-
-
-def trainers(mark: str) -> list[psutil.Process]:
-    """Living processes whose command line holds `mark` (a path of this test's own)."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        line = process.info["cmdline"] or []
-        if any(mark in part for part in line) and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
-
-
-def wait_for(condition: Callable[[], bool], within_s: float = END_WITHIN_S) -> bool:
-    """Whether `condition()` comes true."""
-    until = time.monotonic() + within_s
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.2)
-    return False
 
 
 def test_local_run_on_two_ranks(tmp_path: Path, tiny_shards: Path) -> None:
@@ -69,7 +41,7 @@ def test_local_run_on_two_ranks(tmp_path: Path, tiny_shards: Path) -> None:
     assert [line["Training/Step"] for line in metrics(run) if "Training/Loss" in line] == [1, 2, 3, 4, 5, 6]
     noise = [text for text in ("FutureWarning", "[INFO]", "Traceback") if text in done.stdout + done.stderr]
     assert noise == []
-    assert wait_for(lambda: not trainers(str(tmp_path)))
+    assert wait_for(lambda: not processes_of(str(tmp_path)), END_WITHIN_S)
 
 
 def test_a_mistake_is_told_once_through_the_launcher(tmp_path: Path, tiny_shards: Path) -> None:
@@ -101,17 +73,23 @@ def test_a_stopped_run_leaves_no_rank(
     command = ["bash", str(ROOT / "launch" / "local.sh"), str(path), "2"]
     with (tmp_path / "said").open("wb") as said:
         process = subprocess.Popen(
-            command, stdout=said, stderr=said, cwd=ROOT, start_new_session=True, preexec_fn=heed_interrupts
+            command,
+            stdout=said,
+            stderr=said,
+            cwd=ROOT,
+            env=shell_environment(),
+            start_new_session=True,
+            preexec_fn=heed_interrupts,
         )
     try:
         log = tmp_path / "runs" / "stopped" / "metrics.jsonl"
         assert wait_for(lambda: log.is_file() and log.stat().st_size > 2000, 300)
-        assert len(trainers(str(path))) >= 2
+        assert len(processes_of(str(path))) >= 2
         process.send_signal(ended_by)
         assert process.wait(END_WITHIN_S) == code
-        assert wait_for(lambda: not trainers(str(path)))
+        assert wait_for(lambda: not processes_of(str(path)), END_WITHIN_S)
     finally:
-        for left in trainers(str(path)):
+        for left in processes_of(str(path)):
             left.kill()
     text = (tmp_path / "said").read_text()
     assert told in text

@@ -17,8 +17,8 @@ from bitmar.engine.faults import HUNG
 from bitmar.engine.launcher import INNER
 from bitmar.engine.world import free_port
 from bitmar.observability.records import EVENTS_FILE, METRICS_FILE, read_lines
+from tests.support.processes import shell_environment, wait_for
 from tests.support.runs import ROOT, heed_interrupts, newest, recipe, write_recipe
-from tests.support.trainers import shell_environment, wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -15,18 +14,9 @@ import pytest
 from bitmar.config import load_config
 from bitmar.engine.world import World
 from bitmar.train import train
-from tests.integration.hosts import Network, network, wait_for_ssh
-from tests.support.data import pairs_shards
-from tests.support.launches import (
-    GONE_WITHIN_S,
-    WITHIN_S,
-    demo_recipe,
-    end,
-    of_the_run,
-    start,
-    steps_logged,
-    wait_for,
-)
+from tests.integration.hosts import Network, wait_for_ssh
+from tests.support.launches import GONE_WITHIN_S, end, start, steps_logged, write_demo_recipe
+from tests.support.processes import WITHIN_S, processes_of, wait_for
 from tests.support.ranks import run_ranks
 from tests.support.runs import ROOT, checkpoint_tensors, differing, metrics, newest, recipe, write_recipe
 
@@ -41,18 +31,9 @@ def train_reference(world: World, path: str, runs: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    with network(3, tmp_path_factory.mktemp("network")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def path(net: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe; its folder takes the runs."""
-    folder = tmp_path_factory.mktemp("multinode")
-    shards, kind = pairs_shards(folder, vocabulary=4096, held_out=0.15)
-    print(f"several hosts on {kind}")
-    return write_recipe(folder / "demo.yaml", demo_recipe(shards, folder / "runs", STEPS))
+    return write_demo_recipe(tmp_path_factory.mktemp("multinode"), STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +67,7 @@ def test_two_hosts_train_what_two_ranks_of_one_host_train(net: Network, path: Pa
     assert differing(checkpoint_tensors(newest(run)), checkpoint_tensors(newest(reference))) == []
     assert json.loads((run / "summary.json").read_text())["step"] == STEPS
     assert "2 rank(s)" in done.stdout
-    assert wait_for(lambda: not of_the_run(str(path.parent)), GONE_WITHIN_S)
+    assert wait_for(lambda: not processes_of(str(path.parent)), GONE_WITHIN_S)
 
 
 def test_a_slow_network_that_loses_packets_changes_nothing(net: Network, path: Path, tiny_shards: Path) -> None:
@@ -170,7 +151,7 @@ def test_term_ends_the_ranks_on_all_hosts(net: Network, path: Path) -> None:
         assert [len(host.ranks()) for host in net.hosts] == [1, 1, 0]
         process.send_signal(signal.SIGTERM)
         assert process.wait(WITHIN_S) == 75, said.read_text()
-        assert wait_for(lambda: not of_the_run(str(path.parent)), GONE_WITHIN_S)
+        assert wait_for(lambda: not processes_of(str(path.parent)), GONE_WITHIN_S)
     finally:
         end(process, str(path.parent))
 
@@ -194,7 +175,7 @@ def test_killed_launchers_leave_nothing_on_any_host(victim: str, net: Network, p
         ended = time.monotonic()
         code = process.wait(WITHIN_S)
         assert code not in (0, 2)
-        assert wait_for(lambda: not of_the_run(str(path.parent)), GONE_WITHIN_S - (time.monotonic() - ended))
+        assert wait_for(lambda: not processes_of(str(path.parent)), GONE_WITHIN_S - (time.monotonic() - ended))
         assert net.ranks() == []
     finally:
         end(process, str(path.parent))
@@ -211,6 +192,6 @@ def test_a_rank_that_stands_still_is_named_and_both_hosts_are_cleared(net: Netwo
         rank.suspend()
         assert process.wait(WITHIN_S) not in (0, 2)
         assert "rank 1 does not answer" in said.read_text()
-        assert wait_for(lambda: not of_the_run(str(path.parent)), GONE_WITHIN_S)
+        assert wait_for(lambda: not processes_of(str(path.parent)), GONE_WITHIN_S)
     finally:
         end(process, str(path.parent))

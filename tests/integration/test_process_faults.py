@@ -14,6 +14,7 @@ import pytest
 
 from bitmar.engine.faults import HUNG, STOPPED
 from bitmar.observability.records import EVENTS_FILE, METRICS_FILE, read_lines
+from tests.support.processes import wait_for
 from tests.support.runs import (
     cannot_run,
     checkpoint_progress,
@@ -24,7 +25,7 @@ from tests.support.runs import (
     recipe,
     write_recipe,
 )
-from tests.support.trainers import trainers, wait_for
+from tests.support.trainers import trainers
 
 pytestmark = pytest.mark.slow
 

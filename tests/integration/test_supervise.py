@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,19 +16,9 @@ from bitmar.config import load_config
 from bitmar.engine.world import World
 from bitmar.observability.records import EVENTS_FILE, read_lines
 from bitmar.train import train
-from tests.integration.hosts import Network, network, wait_for_ssh
-from tests.support.data import pairs_shards
-from tests.support.launches import (
-    GONE_WITHIN_S,
-    WITHIN_S,
-    demo_recipe,
-    end,
-    of_the_run,
-    pdsh_below,
-    start,
-    steps_logged,
-    wait_for,
-)
+from tests.integration.hosts import Network, wait_for_ssh
+from tests.support.launches import GONE_WITHIN_S, end, pdsh_below, start, steps_logged, write_demo_recipe
+from tests.support.processes import WITHIN_S, processes_of, wait_for
 from tests.support.ranks import run_ranks
 from tests.support.runs import (
     ROOT,
@@ -141,7 +130,9 @@ def test_a_killed_rank_costs_no_bit_and_term_stops_all(tmp_path: Path, tiny_shar
             )
 
     def trainers() -> list[psutil.Process]:
-        return [p for p in of_the_run(str(path)) if "bitmar.train" in p.cmdline() and "supervise" not in p.cmdline()[1]]
+        return [
+            p for p in processes_of(str(path)) if "bitmar.train" in p.cmdline() and "supervise" not in p.cmdline()[1]
+        ]
 
     process = begin()
     try:
@@ -151,7 +142,7 @@ def test_a_killed_rank_costs_no_bit_and_term_stops_all(tmp_path: Path, tiny_shar
         assert wait_for(lambda: any(p.pid != victim.pid for p in trainers()))
         process.send_signal(signal.SIGTERM)
         assert process.wait(WITHIN_S) in (75, 143)
-        assert of_the_run(str(path)) == []
+        assert processes_of(str(path)) == []
         process = begin()
         assert process.wait(WITHIN_S) == 0, (tmp_path / "said").read_text()
     finally:
@@ -164,18 +155,9 @@ def test_a_killed_rank_costs_no_bit_and_term_stops_all(tmp_path: Path, tiny_shar
 
 
 @pytest.fixture(scope="module")
-def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    with network(3, tmp_path_factory.mktemp("network")) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def path(net: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe; its folder takes the runs."""
-    folder = tmp_path_factory.mktemp("supervised")
-    shards, kind = pairs_shards(folder, vocabulary=4096, held_out=0.15)
-    print(f"several hosts on {kind}")
-    return write_recipe(folder / "demo.yaml", demo_recipe(shards, folder / "runs", HOST_STEPS))
+    return write_demo_recipe(tmp_path_factory.mktemp("supervised"), HOST_STEPS)
 
 
 @pytest.mark.slow
@@ -234,7 +216,7 @@ def test_deepspeed_itself_is_supervised_and_ends_with_the_supervisor(net: Networ
         assert wait_for(lambda: len({rank.pid for rank in net.ranks()} - first) == 2), said.read_text()
         time.sleep(3)  # in the middle of whatever it is doing
         process.kill()
-        assert wait_for(lambda: not of_the_run(str(path.parent)), GONE_WITHIN_S)
+        assert wait_for(lambda: not processes_of(str(path.parent)), GONE_WITHIN_S)
         assert net.ranks() == []
     finally:
         end(process, str(path.parent))

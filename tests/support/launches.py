@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,10 @@ import psutil
 import yaml
 
 from tests.integration.hosts import Network
-from tests.support.runs import ROOT, heed_interrupts
+from tests.support.data import pairs_shards
+from tests.support.processes import processes_of
+from tests.support.runs import ROOT, heed_interrupts, write_recipe
 
-WITHIN_S = 240.0  # a guard against a hang
 GONE_WITHIN_S = 10.0  # the promise: nothing of a run lives longer than this after its launcher has ended
 
 
@@ -45,6 +44,13 @@ def demo_recipe(shards: Path, runs: Path, steps: int) -> dict[str, Any]:
     return values
 
 
+def write_demo_recipe(folder: Path, steps: int) -> Path:
+    """The recipe over real pairs where they are at hand; `folder` takes shards and runs."""
+    shards, kind = pairs_shards(folder, vocabulary=4096, held_out=0.15)
+    print(f"several hosts on {kind}")
+    return write_recipe(folder / "demo.yaml", demo_recipe(shards, folder / "runs", steps))
+
+
 def start(net: Network, said: Path, *command: str, **environment: str) -> subprocess.Popen[bytes]:
     """A command as a person starts it on the machine beside the hosts, in a session of its own."""
     with said.open("wb") as file:
@@ -60,15 +66,6 @@ def start(net: Network, said: Path, *command: str, **environment: str) -> subpro
         )
 
 
-def wait_for(condition: Callable[[], bool], within_s: float = WITHIN_S) -> bool:
-    until = time.monotonic() + within_s
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return condition()
-
-
 def steps_logged(run: Path) -> int:
     """Newest step in a run's log, 0 without one."""
     try:
@@ -78,22 +75,12 @@ def steps_logged(run: Path) -> int:
         return 0
 
 
-def of_the_run(mark: str) -> list[psutil.Process]:
-    """Living processes on any host, and what started them, whose command line holds a path of this test's own."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        line = process.info["cmdline"] or []
-        if any(mark in part for part in line) and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
-
-
 def end(process: subprocess.Popen[bytes], mark: str) -> None:
     """Leave nothing behind, also of a test that failed."""
     if process.poll() is None:
         process.kill()
     process.wait()
-    for left in of_the_run(mark):
+    for left in processes_of(mark):
         left.kill()
 
 

@@ -3,29 +3,19 @@ here. For faults that end a process."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from bitmar.engine.world import free_port
+from tests.support.processes import shell_environment
 from tests.support.runs import ROOT
 
 END_WITHIN_S = 120.0  # a guard against a hang
-LAUNCHED = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "BITMAR_LAUNCHER_PID"),
-)
-
-
-def shell_environment(**changes: str) -> dict[str, str]:
-    """As a person's shell has it: no rank, no wandb mode of a test, no key."""
-    left_out = {*LAUNCHED, "WANDB_MODE", "WANDB_API_KEY"}
-    return {name: value for name, value in os.environ.items() if name not in left_out} | changes
 
 
 class Trainers:
@@ -93,13 +83,3 @@ def trainers(
         yield started
     finally:
         started.end()
-
-
-def wait_for(condition: Callable[[], bool], within_s: float = END_WITHIN_S) -> bool:
-    """Whether `condition()` comes true."""
-    until = time.monotonic() + within_s
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False

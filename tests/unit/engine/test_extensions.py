@@ -10,7 +10,7 @@ import pytest
 
 from bitmar.config import ConfigError
 from bitmar.engine.extensions import FOLDER, prepare_extensions, stale_locks
-from tests.support.trainers import wait_for
+from tests.support.processes import wait_for
 
 BUILDER = """
 import sys, time

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from bitmar.engine.launcher import BY_DEEPSPEED, OUTER_PID, Launchers
+from tests.support.processes import shell_environment, wait_for
 from tests.support.runs import ROOT
-from tests.support.trainers import shell_environment, wait_for
 
 RANK = """
 import os, sys, time
