@@ -85,7 +85,10 @@ class Guarded:
 
 
 def follow(guarded: Guarded) -> Iterator[tuple[TextIO, str] | None]:
-    """What a piped command writes, as (stream of this process, line), and None twice a second; ends with it."""
+    """What a piped command writes, as (stream of this process, line), and None where it is silent; ends with it.
+
+    Also where something that it has left behind goes on writing into its pipes.
+    """
     lines: queue.SimpleQueue[tuple[TextIO, str]] = queue.SimpleQueue()
     process = guarded.process
     assert process.stdout is not None
@@ -98,21 +101,23 @@ def follow(guarded: Guarded) -> Iterator[tuple[TextIO, str] | None]:
         reader.start()
     ended: float | None = None
     while True:
+        reading = any(reader.is_alive() for reader in readers)
         try:
             yield lines.get(timeout=TICK_S)
-            continue
         except queue.Empty:
             yield None
+            if not reading and process.poll() is not None:
+                return
         if process.poll() is not None:
             ended = ended or time.monotonic()
-            # a process that left the session may hold the pipes for longer
-            if time.monotonic() > ended + DRAIN_S or not any(reader.is_alive() for reader in readers):
+            if reading and time.monotonic() > ended + DRAIN_S:
                 return
 
 
 def _read(pipe: IO[bytes], stream: TextIO, lines: queue.SimpleQueue[tuple[TextIO, str]]) -> None:
-    for line in pipe:
-        lines.put((stream, line.decode("utf-8", "replace")))
+    with pipe:
+        for line in pipe:
+            lines.put((stream, line.decode("utf-8", "replace")))
 
 
 class StopRequests:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import yaml
 
 from bitmar.config import load_config
 from launch.commands import read_command
-from launch.guard import Guarded
+from launch.guard import Guarded, follow, session_processes
 from launch.hosts import (
     Facts,
     Host,
@@ -213,6 +214,27 @@ def test_a_guarded_command_ends_with_its_starter(ended: str, tmp_path: Path) -> 
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_following_a_command_ends_with_it_though_its_child_goes_on_writing() -> None:
+    """DeepSpeed's runner may be killed while pdsh, its child, still passes on what the ranks log."""
+    child = "import time\nwhile True: print('step', flush=True); time.sleep(0.01)"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); print('last')"
+    guarded = Guarded([sys.executable, "-c", parent], os.environ, piped=True)
+    try:
+        said = [item[1] for item in follow(guarded) if item is not None]
+        assert guarded.process.returncode == 0
+        assert "last\n" in said
+        assert session_processes(guarded.process.pid) != [], "the child has ended: nothing was tested"
+    finally:
+        guarded.end()
+
+
+def test_every_line_of_a_command_is_passed_on() -> None:
+    guarded = Guarded([sys.executable, "-c", "for i in range(20_000): print(i)"], os.environ, piped=True)
+    said = [item[1] for item in follow(guarded) if item is not None]
+    guarded.end()
+    assert said == [f"{i}\n" for i in range(20_000)]
 
 
 def wait_for_pid(path: Path) -> int:
