@@ -7,7 +7,6 @@ G groups, M captions of a group.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +37,7 @@ def loss_counts(batch: Batch) -> dict[str, Int[Tensor, ""]]:
 
 def compute_losses(outputs: Outputs, batch: Batch, world: World, config: ModelConfig, wanted: set[str]) -> Losses:
     """The wanted losses of a micro-batch, as sums."""
-    token_loss = token_losses(outputs.logits, batch.targets)
-    sums = {"lm": token_loss.sum()}
+    sums, token_loss = {"lm": outputs.loss}, outputs.token_losses
     if "contrastive" in wanted:
         sums["contrastive"] = contrastive_loss(outputs, batch, world, config.contrastive_group)
     if "recall" in wanted:
@@ -51,36 +49,6 @@ def compute_losses(outputs: Outputs, batch: Batch, world: World, config: ModelCo
             mean = batch.packing.total(token_loss) / batch.packing.lengths.clamp(min=1)
         surprise = mean.masked_fill(~batch.pair_mask, float("-inf"))
     return Losses(sums, surprise)
-
-
-def token_losses(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """Cross-entropy of each position in nats (fp32), 0 where the target is IGNORE."""
-    flat = _CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
-    return flat.view(targets.shape)  # type: ignore[union-attr]
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of each position. The gradient, softmax minus target, is one tensor of the logits' size.
-
-    torch's own needs three of that size, which is what such a pass waits for.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-        counted = targets != IGNORE
-        at = targets.clamp(min=0)[:, None]
-        ctx.save_for_backward(log_probabilities, at, counted)
-        ctx.logits_dtype = logits.dtype
-        return -log_probabilities.gather(1, at)[:, 0].masked_fill(~counted, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        log_probabilities, at, counted = ctx.saved_tensors
-        factor = (grads[0] * counted)[:, None]
-        gradient = log_probabilities.exp().mul_(factor)
-        gradient.scatter_add_(1, at, -factor)
-        return gradient.to(ctx.logits_dtype), None
 
 
 def contrastive_loss(outputs: Outputs, batch: Batch, world: World, group: int) -> Float[Tensor, ""]:

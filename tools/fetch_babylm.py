@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -114,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {explain(error, args.out)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        # The interrupt can fall between making fsspec's coroutine and handing it over; its loss is what is wanted.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         print("error: interrupted; what came is kept, the same command goes on", file=sys.stderr)
         return 130
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bitmar.batch import IGNORE, Batch
 from bitmar.engine.world import World
-from bitmar.losses import token_losses
 from bitmar.model.bitmar import Outputs
 from bitmar.model.memory import MemoryState
 from bitmar.observability.stats import Statistics
@@ -37,11 +36,10 @@ def score(forward: Forward, rows: Iterable[Rows], memory: MemoryState, world: Wo
     correct = torch.zeros_like(tokens)
     for part in rows:
         batch = Batch.from_rows(part, world.device)
-        logits = forward(batch, memory).logits
-        trained = batch.targets != IGNORE
-        nats += token_losses(logits, batch.targets).sum(dtype=torch.float64)
-        tokens += trained.sum()
-        correct += ((logits.argmax(-1) == batch.targets) & trained).sum()
+        outputs = forward(batch, memory)
+        nats += outputs.token_losses.sum(dtype=torch.float64)
+        tokens += (batch.targets != IGNORE).sum()
+        correct += outputs.hits.sum()
     return Score(nats, tokens, correct)
 
 

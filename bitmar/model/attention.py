@@ -9,6 +9,7 @@ Sub-norm and missing biases as in BitNet b1.58 2B4T (2025), section 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +60,29 @@ def text_positions(
 
 def rotate(x: Float[Tensor, "*B E"], positions: Positions) -> Float[Tensor, "*B E"]:
     """Rotary embedding (Su et al. 2021), halves convention."""
+    return _Rotation.apply(x, positions.cos, positions.sin)  # type: ignore[return-value]
+
+
+class _Rotation(torch.autograd.Function):
+    """[a cos - b sin, b cos + a sin] of the halves a, b, in fp32; the gradient is turned back by the same angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, sin, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return (x * positions.cos + turned * positions.sin).to(x.dtype)
+    first, second, turned = x[..., :half], x[..., half:], x * cos
+    turned[..., :half].addcmul_(second, sin[..., :half], value=-sign)
+    turned[..., half:].addcmul_(first, sin[..., half:], value=sign)
+    return turned.to(x.dtype)
 
 
 def _split_heads(x: Float[Tensor, "B S D"], heads: int) -> Float[Tensor, "B H S E"]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from bitmar.batch import Batch
@@ -26,7 +26,10 @@ from bitmar.model.vision import VisionEncoder
 
 @dataclass(frozen=True)
 class Outputs:
-    logits: Float[Tensor, "B T V"]
+    loss: Float[Tensor, ""]  # cross-entropy in nats (fp32), summed over the positions with a target
+    token_losses: Float[Tensor, "B T"]  # of each position, 0 without a target; no gradient
+    hits: Bool[Tensor, "B T"]  # the target has the largest logit
+    logits: Float[Tensor, "B T V"] | None  # where asked for
     text_latent: Float[Tensor, "N Z"]
     vision_latent: Float[Tensor, "N Z"]
     log_temperature: Float[Tensor, "1"]
@@ -73,17 +76,17 @@ class BitMar(nn.Module):
                 for branch in (block.attention.output, block.feed_forward.down):
                     branch.weight.data.mul_(1 / math.sqrt(2 * len(stack)))
 
-    def forward(self, batch: Batch, memory: MemoryState, recall: bool = False) -> Outputs:
+    def forward(self, batch: Batch, memory: MemoryState, recall: bool = False, logits: bool = False) -> Outputs:
         """Run every module on every batch (rows without an image are masked), so that ranks keep step.
 
         `memory` is read and never changed; `recall` also writes the captions' episodes to copies of it and reads
-        them back from one modality alone.
+        them back from one modality alone. `logits` keeps those of all positions, which the losses do without.
         """
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=bf16):
-            return self._forward(batch, memory, recall)
+            return self._forward(batch, memory, recall, logits)
 
-    def _forward(self, batch: Batch, memory: MemoryState, recall: bool) -> Outputs:
+    def _forward(self, batch: Batch, memory: MemoryState, recall: bool, logits: bool) -> Outputs:
         config, recompute = self.config, self.activation_checkpointing and self.training
         dropout = Dropout(config.dropout, self.seed, batch.rows) if self.training and config.dropout > 0 else None
         head_width, packing = config.width // config.heads, batch.packing
@@ -103,9 +106,13 @@ class BitMar(nn.Module):
             recall_input = RecallInput(keys, episodes, batch.image_ids, batch.pair_mask, *cues, groups)
         reading = self.memory["reader"](hidden, memory, batch.image_ids, mask, recall_input, packing)
         hidden, read_mass, memory_gate, recalled = reading
-        logits = self.embedding(self.decoder(hidden, positions, dropout, recompute))
+        hidden = self.decoder(hidden, positions, dropout, recompute)
+        loss, each, hits = self.embedding(hidden, batch.targets)
         return Outputs(
-            logits,
+            loss,
+            each.view(batch.targets.shape),
+            hits.view(batch.targets.shape),
+            self.embedding(hidden) if logits else None,
             text_latent,
             vision_latent,
             log_temperature,

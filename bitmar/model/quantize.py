@@ -41,8 +41,8 @@ def ternary(weight: Float[Tensor, "O I"], scale: Float[Tensor, "O 1"]) -> Float[
 
 def quantize_activations(x: Float[Tensor, "N I"]) -> tuple[Float[Tensor, "N I"], Float[Tensor, "N 1"]]:
     """(x_q, step) with x ~ x_q * step, one step a token. |x_q| <= 127 holds by construction, without a clamp."""
-    low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    step = torch.maximum(-low, high).float().clamp_(min=EPS) / LEVELS
+    # torch.aminmax would be one pass, and takes ten times as long on a CPU
+    step = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).float().clamp_(min=EPS) / LEVELS
     return (x / step).round_(), step
 
 

@@ -14,6 +14,7 @@ from bitmar.batch import Packing
 from bitmar.config import ModelConfig
 from bitmar.model.attention import Positions
 from bitmar.model.blocks import Block, Dropout, run_blocks
+from bitmar.model.head import TokenLosses, token_losses
 from bitmar.model.quantize import BitLinear, RMSNorm
 
 TABLE_STD = 0.02
@@ -47,10 +48,15 @@ class TokenEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocabulary, width).normal_(std=TABLE_STD))
         self.output_scale = OUTPUT_GAIN / (TABLE_STD * width)
 
-    def forward(self, x: Int[Tensor, "B T"] | Float[Tensor, "B T D"]) -> Float[Tensor, "B T W"]:
-        if x.is_floating_point():
+    def forward(
+        self, x: Int[Tensor, "B T"] | Float[Tensor, "B T D"], targets: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T W"] | TokenLosses:
+        """Vectors of tokens; of vectors their logits, or, given `targets`, the losses of those (N = B T)."""
+        if not x.is_floating_point():
+            return F.embedding(x, self.weight) * (1 / TABLE_STD)
+        if targets is None:
             return F.linear(x * self.output_scale, self.weight)
-        return F.embedding(x, self.weight) * (1 / TABLE_STD)
+        return token_losses((x * self.output_scale).flatten(0, 1), self.weight, targets.flatten())
 
 
 class TextEncoder(nn.Module):

@@ -155,7 +155,7 @@ def collectives_case(world: World, stage: int) -> list[int]:
     counts = []
     for batch in share(global_batch(0), config, world):
         outputs = engine.forward(batch, memory)
-        loss = outputs.logits.float().square().mean() + 0.0 * outputs.side_sum()
+        loss = outputs.loss / 1e3 + 0.0 * outputs.side_sum()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             engine.backward(loss)
             engine.step()

@@ -44,17 +44,17 @@ Change = Callable[[Outputs], Outputs]
 
 
 def nan_loss(outputs: Outputs) -> Outputs:
-    return dataclasses.replace(outputs, logits=outputs.logits * float("nan"))
+    return dataclasses.replace(outputs, loss=outputs.loss * float("nan"))
 
 
 def nan_gradient(outputs: Outputs) -> Outputs:
-    if outputs.logits.requires_grad:
-        outputs.logits.register_hook(lambda gradient: gradient * float("nan"))
+    if outputs.loss.requires_grad:
+        outputs.loss.register_hook(lambda gradient: gradient * float("nan"))
     return outputs
 
 
 def spike(outputs: Outputs) -> Outputs:
-    return dataclasses.replace(outputs, logits=outputs.logits * 100)
+    return dataclasses.replace(outputs, loss=outputs.loss * 100)
 
 
 def change_outputs(model: BitMar, change: Change, wanted: Callable[[Batch], bool]) -> None:

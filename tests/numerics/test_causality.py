@@ -13,7 +13,7 @@ from bitmar.engine.world import World
 from bitmar.losses import compute_losses
 from bitmar.model.bitmar import BitMar
 from bitmar.model.memory import MemoryState
-from tests.support.batches import VOCABULARY, caption_batch, small_model, text_batch
+from tests.support.batches import VOCABULARY, caption_batch, logits_of, small_model, text_batch
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -75,11 +75,11 @@ def test_a_token_changes_no_earlier_logit(addressing: str, state: str, training:
     model, memory = build(addressing, state, dropout=0.2)
     model.train(training)
     batch = batch_of(kind)
-    before = model(batch, memory, recall).logits
+    before = logits_of(model, batch, memory, recall)
     for j in range(batch.tokens.shape[1]):
         tokens = batch.tokens.clone()
         tokens[:, j] = (tokens[:, j] + 1) % VOCABULARY
-        after = model(batch.replace(tokens=tokens), memory, recall).logits
+        after = logits_of(model, batch.replace(tokens=tokens), memory, recall)
         assert torch.equal(before[:, :j], after[:, :j]), f"token {j} changed an earlier logit"
         assert not torch.equal(before[:, j:], after[:, j:]), f"token {j} changed nothing: the test proves nothing"
 
@@ -90,10 +90,10 @@ def test_long_rows_leak_nothing_either(make, j: int) -> None:
     """Longer than one block of the attention kernels."""
     model, memory = build("attention", "fresh")
     batch = make(rows=2, length=200)
-    before = model(batch, memory).logits
+    before = logits_of(model, batch, memory)
     tokens = batch.tokens.clone()
     tokens[:, j] = (tokens[:, j] + 1) % VOCABULARY
-    after = model(batch.replace(tokens=tokens), memory).logits
+    after = logits_of(model, batch.replace(tokens=tokens), memory)
     assert torch.equal(before[:, :j], after[:, :j])
     assert not torch.equal(before[:, j], after[:, j])
 
@@ -103,20 +103,20 @@ def test_bf16_leaks_nothing_either(addressing: str) -> None:
     model, memory = build(addressing, "fresh")
     model.compute_dtype = torch.bfloat16
     batch = caption_batch(seed=4)
-    before = model(batch, memory).logits
+    before = logits_of(model, batch, memory)
     for j in (1, 5, 9):
         tokens = batch.tokens.clone()
         tokens[:, j] = (tokens[:, j] + 1) % VOCABULARY
-        assert torch.equal(before[:, :j], model(batch.replace(tokens=tokens), memory).logits[:, :j])
+        assert torch.equal(before[:, :j], logits_of(model, batch.replace(tokens=tokens), memory)[:, :j])
 
 
 def test_records_of_a_packed_row_do_not_see_each_other() -> None:
     model, memory = build("attention", "trained")
     batch = text_batch(seed=4)
-    before = model(batch, memory).logits
+    before = logits_of(model, batch, memory)
     first = batch.segments == 1
     tokens = torch.where(first, (batch.tokens + 1) % VOCABULARY, batch.tokens)
-    after = model(batch.replace(tokens=tokens), memory).logits
+    after = logits_of(model, batch.replace(tokens=tokens), memory)
     assert torch.equal(before[~first], after[~first])
     assert not torch.equal(before[first], after[first])
 
@@ -124,7 +124,7 @@ def test_records_of_a_packed_row_do_not_see_each_other() -> None:
 def test_a_record_gives_the_same_logits_packed_and_alone() -> None:
     model, memory = build("attention", "trained")
     batch = text_batch(rows=1, length=16, seed=4)
-    together = model(batch, memory).logits[0]
+    together = logits_of(model, batch, memory)[0]
     for segment in batch.segments[0].unique().tolist():
         inside = batch.segments[0] == segment
         count = int(inside.sum())
@@ -135,7 +135,7 @@ def test_a_record_gives_the_same_logits_packed_and_alone() -> None:
             positions=torch.arange(count, dtype=torch.int32)[None],
             packed=False,
         )
-        torch.testing.assert_close(model(alone, memory).logits[0], together[inside], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits_of(model, alone, memory)[0], together[inside], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("addressing", ["attention", "larimar"])
@@ -149,7 +149,7 @@ def test_a_reader_never_receives_its_own_images_episode(addressing: str, trainin
     changed = dataclasses.replace(memory, values=memory.values.clone(), keys=memory.keys.clone())
     changed.values[[0, 2]] += 10.0
     changed.keys[[0, 2]] *= -3.0
-    before, after = model(batch, memory).logits, model(batch, changed).logits
+    before, after = logits_of(model, batch, memory), logits_of(model, batch, changed)
     own = batch.image_ids == reader
     assert torch.equal(before[own], after[own])
     others = batch.valid & ~own
@@ -161,7 +161,7 @@ def test_the_right_image_matters_and_no_image_is_no_image(addressing: str) -> No
     model, memory = build(addressing, "fresh")
     batch = caption_batch(seed=4)
     moved = batch.replace(vision=batch.vision.roll(1, 0))
-    assert not torch.equal(model(batch, memory).logits, model(moved, memory).logits)
+    assert not torch.equal(logits_of(model, batch, memory), logits_of(model, moved, memory))
     blind = batch.replace(has_vision=torch.zeros_like(batch.has_vision))
     moved = blind.replace(vision=batch.vision.roll(1, 0))
-    assert torch.equal(model(blind, memory).logits, model(moved, memory).logits)
+    assert torch.equal(logits_of(model, blind, memory), logits_of(model, moved, memory))

@@ -21,7 +21,7 @@ ALL = {"lm", "contrastive", "recall"}
 def run(batch: Batch, **changes: object) -> tuple[Outputs, dict[str, float]]:
     config = small_model(quantization=False, **changes)
     torch.manual_seed(0)
-    outputs = BitMar(config)(batch, MemoryState.empty(config.memory_size, config.episode_dim), recall=True)
+    outputs = BitMar(config)(batch, MemoryState.empty(config.memory_size, config.episode_dim), recall=True, logits=True)
     losses = compute_losses(outputs, batch, ALONE, config, ALL)
     return outputs, {name: float(total.detach()) for name, total in losses.sums.items()}
 
@@ -33,6 +33,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_language_model_loss_is_the_sum_over_trained_tokens() -> None:
     batch = caption_batch()
     outputs, sums = run(batch)
+    assert outputs.logits is not None
     expected = 0.0
     for row in range(len(batch.rows)):
         for t in range(batch.targets.shape[1]):
@@ -104,7 +105,8 @@ def test_text_rows_have_no_contrastive_and_no_recall_loss() -> None:
 def test_surprise_is_the_mean_token_loss_of_rows_with_an_image() -> None:
     batch = caption_batch()
     config = small_model()
-    outputs = BitMar(config)(batch, MemoryState.empty(config.memory_size, config.episode_dim))
+    outputs = BitMar(config)(batch, MemoryState.empty(config.memory_size, config.episode_dim), logits=True)
+    assert outputs.logits is not None
     losses = compute_losses(outputs, batch, ALONE, config, {"lm"})
     assert losses.surprise[-1] == float("-inf")  # the masked row
     row = 2

@@ -17,7 +17,7 @@ from bitmar.model.bitmar import BitMar, parameter_counts
 from bitmar.model.blocks import Dropout
 from bitmar.model.memory import MemoryState
 from bitmar.model.quantize import BitLinear
-from tests.support.batches import caption_batch, slice_batch, small_model, text_batch
+from tests.support.batches import caption_batch, logits_of, slice_batch, small_model, text_batch
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 RECIPES = Path("launch/recipes")
@@ -65,7 +65,7 @@ def test_activation_checkpointing_changes_no_bit(kind) -> None:
         model = BitMar(config, seed=3, activation_checkpointing=recompute)
         memory = MemoryState.empty(config.memory_size, config.episode_dim)
         before = {name: tensor.clone() for name, tensor in memory.tensors().items()}
-        outputs = model(batch, memory, recall=True)
+        outputs = model(batch, memory, recall=True, logits=True)
         losses = compute_losses(outputs, batch, ALONE, config, {"contrastive", "recall"})
         torch.stack(list(losses.sums.values())).sum().backward()
         assert all(torch.equal(before[name], tensor) for name, tensor in memory.tensors().items())
@@ -105,13 +105,13 @@ def test_dropout_follows_the_row_not_the_batch() -> None:
     torch.manual_seed(0)
     model = BitMar(config, seed=3)
     memory = MemoryState.empty(config.memory_size, config.episode_dim)
-    whole = model(batch, memory).logits
-    parts = torch.cat([model(slice_batch(batch, s, s + 4), memory).logits for s in (0, 4)])
+    whole = logits_of(model, batch, memory)
+    parts = torch.cat([logits_of(model, slice_batch(batch, s, s + 4), memory) for s in (0, 4)])
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-5)
     other = batch.replace(rows=batch.rows + 1000)
-    assert not torch.allclose(whole, model(other, memory).logits)
+    assert not torch.allclose(whole, logits_of(model, other, memory))
     model.eval()
-    assert torch.equal(model(batch, memory).logits, model(other, memory).logits)
+    assert torch.equal(logits_of(model, batch, memory), logits_of(model, other, memory))
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:

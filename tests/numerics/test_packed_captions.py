@@ -17,7 +17,7 @@ from bitmar.engine.world import World
 from bitmar.losses import compute_losses, loss_counts
 from bitmar.model.bitmar import BitMar, Outputs
 from bitmar.model.memory import Episodes, MemoryState
-from tests.support.batches import VOCABULARY, caption_batch, packed_captions, small_model
+from tests.support.batches import VOCABULARY, caption_batch, logits_of, packed_captions, small_model
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 ALL = {"lm", "contrastive", "recall"}
@@ -61,6 +61,7 @@ def build(addressing: str = "attention", quantization: bool = False, **changes: 
 
 def token_logits(outputs: Outputs, batch: Batch) -> Tensor:
     """The logits of each caption's tokens, caption after caption."""
+    assert outputs.logits is not None
     return outputs.logits[batch.segments > 0]
 
 
@@ -74,7 +75,7 @@ def test_losses_and_gradients_are_those_of_the_same_captions_one_a_row(addressin
     sides = []
     for side in (packed_captions(batch, rows, 4 * LENGTH, slots=5), ordered(batch, rows)):
         groups = side.groups(group)
-        outputs = model(side, memory, recall=True)
+        outputs = model(side, memory, recall=True, logits=True)
         losses = compute_losses(outputs, side, ALONE, model.config, ALL)
         model.zero_grad()
         torch.stack([*losses.sums.values(), 0.1 * outputs.side_sum()]).sum().backward()
@@ -103,7 +104,8 @@ def test_a_caption_changes_no_other_of_its_row(addressing: str, quantization: bo
     """Its tokens, its vector, its image id: bit for bit the same logits, latents and episodes of all others."""
     model, memory = build(addressing, quantization)
     batch = packed_captions(one_a_row(), ROWS, 32, slots=5)
-    before = model(batch, memory)
+    before = model(batch, memory, logits=True)
+    assert before.logits is not None
     for n, (row, slot) in enumerate((r, s) for r, captions in enumerate(ROWS) for s in range(len(captions))):
         mine = torch.zeros_like(batch.segments, dtype=torch.bool)
         mine[row] = batch.segments[row] == slot + 1
@@ -116,7 +118,8 @@ def test_a_caption_changes_no_other_of_its_row(addressing: str, quantization: bo
             "image_ids": ids,
         }
         for name, change in changes.items():
-            after = model(batch.replace(**{name: change}), memory)
+            after = model(batch.replace(**{name: change}), memory, logits=True)
+            assert after.logits is not None
             others = (batch.segments > 0) & ~mine
             assert torch.equal(before.logits[others], after.logits[others]), (name, row, slot)
             assert not torch.equal(before.logits[mine], after.logits[mine]), (name, row, slot)
@@ -132,12 +135,12 @@ def test_a_token_changes_no_earlier_logit_of_its_row(training: bool, recall: boo
     model, memory = build("attention", quantization=True, dropout=0.2)
     model.train(training)
     batch = packed_captions(one_a_row(), ROWS, 32, slots=5)
-    before = model(batch, memory, recall).logits
+    before = logits_of(model, batch, memory, recall)
     real = batch.segments > 0
     for j in range(int(real.sum(1).max())):
         tokens = batch.tokens.clone()
         tokens[:, j] = (tokens[:, j] + 1) % VOCABULARY
-        after = model(batch.replace(tokens=tokens), memory, recall).logits
+        after = logits_of(model, batch.replace(tokens=tokens), memory, recall)
         assert torch.equal(before[:, :j][real[:, :j]], after[:, :j][real[:, :j]]), f"token {j} changed an earlier logit"
         assert not torch.equal(before[:, j], after[:, j]), f"token {j} changed nothing: the test proves nothing"
 
@@ -148,7 +151,7 @@ def test_a_reader_never_receives_its_own_images_episode() -> None:
     image = next(i for i in batch.image_ids.tolist() if i in memory.image_ids.tolist())
     hidden = memory.image_ids == image
     changed = dataclasses.replace(memory, values=memory.values + 10.0 * hidden[:, None])
-    before, after = (model(batch, m).logits[batch.segments > 0] for m in (memory, changed))
+    before, after = (logits_of(model, batch, m)[batch.segments > 0] for m in (memory, changed))
     assert batch.packing is not None
     own = (batch.image_ids == image).repeat_interleave(batch.packing.lengths)
     assert torch.equal(before[own], after[own])

@@ -6,6 +6,8 @@ import torch
 
 from bitmar.batch import IGNORE, Batch, Packing
 from bitmar.config import ModelConfig
+from bitmar.model.bitmar import BitMar
+from bitmar.model.memory import MemoryState
 
 VOCABULARY = 97
 
@@ -120,3 +122,10 @@ def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     """Rows start to stop of a batch."""
     parts = {name: value[start:stop] for name, value in vars(batch).items() if name not in ("packed", "packing")}
     return batch.replace(**parts)
+
+
+def logits_of(model: BitMar, batch: Batch, memory: MemoryState, recall: bool = False) -> torch.Tensor:
+    """[B, T, V]"""
+    logits = model(batch, memory, recall, logits=True).logits
+    assert logits is not None
+    return logits

@@ -53,7 +53,7 @@ bitmar.engine.extensions bitmar.engine.launcher bitmar.engine.watchdog
 bitmar.batch
 bitmar.model.quantize
 bitmar.model.attention
-bitmar.model.blocks
+bitmar.model.blocks bitmar.model.head
 bitmar.model.text bitmar.model.vision bitmar.model.fusion bitmar.model.memory
 bitmar.model.bitmar bitmar.model.flops
 bitmar.losses

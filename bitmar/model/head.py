@@ -1,0 +1,96 @@
+"""The output head and the loss of the language model, a block of positions at a time: nothing holds all logits.
+
+Shapes: N positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bitmar.batch import IGNORE
+
+# Logits held at a time: on a CPU a little less than 32 MiB in fp32 (they stay near its cache, and glibc gives larger
+# pieces back to the system each time), elsewhere enough to fill the device.
+BLOCK_LOGITS = {"cpu": 7 * 2**20}
+BLOCK_LOGITS_ELSEWHERE = 2**26
+
+
+class TokenLosses(NamedTuple):
+    """Cross-entropy in nats (fp32). Only `total` has a gradient."""
+
+    total: Float[Tensor, ""]  # over all positions
+    each: Float[Tensor, "N"]  # 0 where the target is IGNORE
+    hits: Bool[Tensor, "N"]  # the target has the largest logit; False where it is IGNORE
+
+
+def token_losses(hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N"]) -> TokenLosses:
+    """Cross-entropy of the logits hidden weight^T. Under autocast its products run in the lower precision.
+
+    The gradient, (softmax - target) times hidden or weight, is taken while a block's logits are there. A gradient of
+    `total` scales it, which is why the positions' own losses have none.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return TokenLosses(*_TokenLosses.apply(hidden, weight, targets, dtype))  # type: ignore[misc]
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        counted = targets != IGNORE
+        at = targets.clamp(min=0)[:, None]
+        each = hidden.new_empty(len(hidden), dtype=torch.float32)
+        hits = torch.empty_like(counted)
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        grad_weight = torch.zeros_like(weight) if wanted else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows, table = hidden.to(dtype), weight.to(dtype)
+            buffer = hidden.new_empty(_block(len(hidden), weight), len(weight), dtype=dtype)
+            for block in _blocks(len(hidden), weight):
+                logits = torch.mm(rows[block], table.T, out=buffer[: len(rows[block])]).float()
+                largest, own = logits.amax(1, keepdim=True), logits.gather(1, at[block])
+                total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+                each[block] = (total.log() + largest - own)[:, 0]
+                hits[block] = (own == largest)[:, 0]
+                if grad_hidden is not None and grad_weight is not None:
+                    logits.div_(total).scatter_add_(1, at[block], torch.full_like(total, -1))
+                    gradient = logits.to(dtype)
+                    grad_hidden[block] = gradient @ table
+                    masked = rows[block] * counted[block, None]
+                    if dtype != grad_weight.dtype:
+                        grad_weight.add_(gradient.T @ masked)
+                    elif block.start > 0:
+                        grad_weight.addmm_(gradient.T, masked)
+                    else:
+                        torch.mm(gradient.T, masked, out=grad_weight)
+            if grad_hidden is not None:
+                ctx.save_for_backward(grad_hidden.mul_(counted[:, None]), grad_weight)
+        each.masked_fill_(~counted, 0.0)
+        hits &= counted
+        ctx.mark_non_differentiable(each, hits)
+        return each.sum(), each, hits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None
+
+
+def _block(positions: int, weight: Tensor) -> int:
+    """Positions of a block: all blocks alike, as few as the limit lets them be."""
+    most = max(1, BLOCK_LOGITS.get(weight.device.type, BLOCK_LOGITS_ELSEWHERE) // len(weight))
+    return -(-positions // max(1, -(-positions // most)))
+
+
+def _blocks(positions: int, weight: Tensor) -> Iterator[slice]:
+    size = _block(positions, weight)
+    for start in range(0, positions, max(1, size)):
+        yield slice(start, min(start + size, positions))
