@@ -182,7 +182,7 @@ def open_loader(config: Config, shards: ShardSet, progress: Progress, world: Wor
                 config.data.partitions,
                 config.data.window_shards,
             ),
-            micro_batch=config.training.micro_batch,
+            micro_batch=config.micro_batch(world.size),
             rank=world.rank,
             world=world.size,
             state=LoaderState(progress.phase, progress.position),

@@ -212,7 +212,7 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class TrainingConfig:
     global_batch: int = 64  # rows an optimizer step, over all ranks
-    micro_batch: int = 32  # rows a rank and forward pass
+    micro_batch: int = 32  # rows of a rank's forward pass, at most: many ranks may have fewer
     gradient_clip: float = 1.0
     max_epochs: int = 10  # BabyLM: how often a source may be read over the whole run
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -359,22 +359,38 @@ class Config:
 
     def check_world(self, world_size: int) -> None:
         """Refuse a batch that `world_size` ranks do not divide. Raises ConfigError."""
-        t, m = self.training, self.model
-        together = t.micro_batch * world_size
+        t, m, micro = self.training, self.model, max(1, self.micro_batch(world_size))
+        together = micro * world_size
         _require(
             t.global_batch % together == 0,
-            f"training.global_batch {t.global_batch} is not divided by training.micro_batch {t.micro_batch} x "
+            f"training.global_batch {t.global_batch} is not divided by training.micro_batch {micro} x "
             f"{world_size} ranks; a multiple of {together} would do, or another micro-batch",
         )
-        contrastive = any(p.losses.get("contrastive", 0) > 0 for p in self.phases)
+        contrastive, recall = (
+            any(p.losses.get(name, 0) > 0 for p in self.phases) for name in ("contrastive", "recall")
+        )
+        of_ranks = f"{micro} x {world_size} ranks = {together}: its rows are compared within one forward pass"
         _require(
             not contrastive or together % m.contrastive_group == 0,
-            f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {t.micro_batch} x "
-            f"{world_size} ranks = {together}: its rows are compared within one forward pass",
+            f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {of_ranks}",
+        )
+        _require(
+            not contrastive or self.data.partitions == 1 or micro % m.contrastive_group == 0,
+            f"with data.partitions {self.data.partitions} a rank's rows are neighbours, so model.contrastive_group "
+            f"{m.contrastive_group} must divide the {micro} rows that each of {world_size} ranks has",
+        )
+        _require(
+            not recall or micro % m.recall_group == 0,
+            f"model.recall_group {m.recall_group} must divide the {micro} rows that each of {world_size} ranks has",
         )
 
+    def micro_batch(self, world_size: int) -> int:
+        """Rows of a rank's forward pass: training.micro_batch, or its share of the global batch where that is less."""
+        return min(self.training.micro_batch, self.training.global_batch // world_size)
+
     def accumulation_steps(self, world_size: int) -> int:
-        return self.training.global_batch // (self.training.micro_batch * world_size)
+        """Forward passes of a rank in an optimizer step."""
+        return self.training.global_batch // (self.micro_batch(world_size) * world_size)
 
 
 def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

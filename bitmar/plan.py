@@ -148,7 +148,7 @@ def make_plan(
         device=device,
         parameters=parameter_counts(model),
         state=state_bytes(parameter_groups(model), settings, world),
-        activations=activation_bytes(config, dtype),
+        activations=activation_bytes(config, dtype, config.micro_batch(world)),
         memory_module=memory_module_bytes(config.model),
         phases=tuple(phases),
         counted=counted,
@@ -242,7 +242,7 @@ def table(plan: Plan) -> str:
     lines = [
         f"parameters        {total:,} ({parts})",
         f"ranks             {plan.world}, ZeRO-{settings.stage}{_offloads(settings)}; {config.training.global_batch} "
-        f"rows a step = {plan.world} x {config.training.micro_batch} x {accumulation} micro-batches",
+        f"rows a step = {plan.world} x {config.micro_batch(plan.world)} x {accumulation} micro-batches",
         "",
         f"a rank's memory, {plan.device}",
         *(f"  {name:<16}{_gib(count):>10}" for name, count in memory_parts(plan).items() if count),

@@ -222,10 +222,10 @@ def halved(config: Config, world: int) -> Iterator[Config]:
     while True:
         yield config
         training = config.training
-        if training.micro_batch % 2:
+        if config.micro_batch(world) % 2:
             return
         try:
-            smaller = dataclasses.replace(training, micro_batch=training.micro_batch // 2)
+            smaller = dataclasses.replace(training, micro_batch=config.micro_batch(world) // 2)
             config = dataclasses.replace(config, training=smaller)
             config.check_world(world)
         except ConfigError:

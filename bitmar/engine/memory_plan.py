@@ -176,9 +176,9 @@ def memory_module_bytes(model: ModelConfig) -> int:
     return 2 * slots * (2 * FP32 * width + 8 + 8 + 8 + 1)  # keys, values, age, usage, image, written
 
 
-def activation_bytes(config: Config, dtype: torch.dtype) -> int:
-    """The most that a micro-batch of any phase needs on top of the state, its rows as long as they may be."""
-    model, rows = config.model, config.training.micro_batch
+def activation_bytes(config: Config, dtype: torch.dtype, rows: int) -> int:
+    """The most that a micro-batch of `rows` of any phase needs on top of the state, each as long as it may be."""
+    model = config.model
     recompute = config.engine.activation_checkpointing
     text = any(set(phase.mix) != {"pairs"} for phase in config.phases)  # needs what captions do, and a mask
     traced = _peak(model, rows, config.data.row_tokens, text, recompute, dtype)

@@ -88,7 +88,7 @@ class ZeroEngine:
         warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
         ds_config = ds_config | {
             "train_batch_size": config.training.global_batch,
-            "train_micro_batch_size_per_gpu": config.training.micro_batch,
+            "train_micro_batch_size_per_gpu": config.micro_batch(world.size),
             "gradient_accumulation_steps": config.accumulation_steps(world.size),
             "gradient_clipping": self.clip if self.stage > 0 else 0.0,  # `step` clips, by the norm that it has
             "steps_per_print": 10**12,

@@ -120,4 +120,27 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=EPS)
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N I"]:
+        if x.device.type == "cpu":  # where torch has no kernel for it, but one pass over memory for every operation
+            return _RMSNorm.apply(x.float(), self.weight)  # type: ignore[return-value]
         return super().forward(x.float())
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x r w with r = (mean(x^2) + EPS)^-1/2; grad_x = r (g w - x r^2 mean(g w x)), grad_w = sum(g x r)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        squares = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square_()
+        root = squares.div_(x.shape[-1]).add_(EPS).rsqrt_()
+        ctx.save_for_backward(flat, root, weight)
+        return (flat * root).mul_(weight).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, root, weight = ctx.saved_tensors
+        grad = grads[0].reshape(x.shape)
+        products = grad * x
+        grad_weight = products.T.mv(root[:, 0])
+        pull = products.mv(weight)[:, None].mul_(root.square()).div_(-x.shape[-1])
+        return torch.addcmul(grad * weight, x, pull).mul_(root).view(grads[0].shape), grad_weight

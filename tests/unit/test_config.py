@@ -101,12 +101,13 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     assert load_config(path) == config
 
 
-@pytest.mark.parametrize(("ranks", "fits"), [(1, True), (2, True), (4, False), (3, False)])
+@pytest.mark.parametrize(("ranks", "fits"), [(1, True), (2, True), (4, True), (32, True), (3, False), (64, False)])
 def test_ranks_must_divide_the_global_batch(tmp_path: Path, ranks: int, fits: bool) -> None:
     config = load(tmp_path, {"training": {"global_batch": 32, "micro_batch": 16}})
     if fits:
         config.check_world(ranks)
-        assert config.accumulation_steps(ranks) == 2 // ranks
+        assert config.micro_batch(ranks) == min(16, 32 // ranks)
+        assert config.accumulation_steps(ranks) * config.micro_batch(ranks) * ranks == 32
     else:
         with pytest.raises(ConfigError, match=f"{ranks} ranks"):
             config.check_world(ranks)
@@ -119,6 +120,17 @@ def test_a_contrastive_group_lies_within_one_forward_pass(tmp_path: Path) -> Non
     config.check_world(2)
     with pytest.raises(ConfigError, match="contrastive_group 16"):
         config.check_world(1)
+
+
+def test_a_rank_has_a_recall_group_at_least(tmp_path: Path) -> None:
+    phase = PHASE | {"losses": {"lm": 1, "recall": 1}}
+    config = load(
+        tmp_path,
+        {"phases": [phase], "training": {"global_batch": 32, "micro_batch": 16}, "model": {"recall_group": 8}},
+    )
+    config.check_world(4)
+    with pytest.raises(ConfigError, match="recall_group 8 must divide the 4 rows that each of 8 ranks has"):
+        config.check_world(8)
 
 
 def test_two_phases_need_two_names(tmp_path: Path) -> None:

@@ -87,12 +87,11 @@ def test_offload_moves_state_to_the_host() -> None:
 
 def test_activations_follow_micro_batch_and_checkpointing() -> None:
     config = load_config(RECIPES / "demo.yaml")
-    half = dataclasses.replace(config, training=dataclasses.replace(config.training, micro_batch=16))
     spared = dataclasses.replace(config, engine=dataclasses.replace(config.engine, activation_checkpointing=True))
-    whole = activation_bytes(config, torch.float32)
-    assert activation_bytes(half, torch.float32) == pytest.approx(whole / 2, rel=0.15)
-    assert activation_bytes(spared, torch.float32) < 0.8 * whole
-    assert activation_bytes(config, torch.bfloat16) < whole
+    whole = activation_bytes(config, torch.float32, 32)
+    assert activation_bytes(config, torch.float32, 16) == pytest.approx(whole / 2, rel=0.15)
+    assert activation_bytes(spared, torch.float32, 32) < 0.8 * whole
+    assert activation_bytes(config, torch.bfloat16, 32) < whole
 
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
