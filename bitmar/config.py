@@ -366,21 +366,19 @@ class Config:
             f"training.global_batch {t.global_batch} is not divided by training.micro_batch {micro} x "
             f"{world_size} ranks; a multiple of {together} would do, or another micro-batch",
         )
-        contrastive, recall = (
-            any(p.losses.get(name, 0) > 0 for p in self.phases) for name in ("contrastive", "recall")
-        )
+        asked = {name for phase in self.phases for name, weight in phase.losses.items() if weight > 0}
         of_ranks = f"{micro} x {world_size} ranks = {together}: its rows are compared within one forward pass"
         _require(
-            not contrastive or together % m.contrastive_group == 0,
+            "contrastive" not in asked or together % m.contrastive_group == 0,
             f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {of_ranks}",
         )
         _require(
-            not contrastive or self.data.partitions == 1 or micro % m.contrastive_group == 0,
+            "contrastive" not in asked or self.data.partitions == 1 or micro % m.contrastive_group == 0,
             f"with data.partitions {self.data.partitions} a rank's rows are neighbours, so model.contrastive_group "
             f"{m.contrastive_group} must divide the {micro} rows that each of {world_size} ranks has",
         )
         _require(
-            not recall or micro % m.recall_group == 0,
+            "recall" not in asked or micro % m.recall_group == 0,
             f"model.recall_group {m.recall_group} must divide the {micro} rows that each of {world_size} ranks has",
         )
 

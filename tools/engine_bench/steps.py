@@ -52,7 +52,7 @@ def trainer_row(bench: Bench) -> Row:
     world = join_world()
     config = bench.config("bitmar-14m", "step", "training.precision=fp32")
     trainer, bare = Trainer(config, world), BareLoop(config, world)
-    rounds, steps = (3, 1) if bench.quick else (12, 2)
+    rounds, steps = (3, 1) if bench.quick else (6, 8)
     ours, theirs = list[Clock](), list[Clock]()
     for turn in range(rounds + 1):
         first = trainer.run.progress.step
@@ -128,7 +128,7 @@ def flops_row(bench: Bench) -> Row:
     world = join_world()
     config = bench.config("bitmar-14m", "flops", "training.precision=fp32")
     trainer = Trainer(config, world)
-    rounds, steps = (2, 1) if bench.quick else (8, 2)
+    rounds, steps = (2, 1) if bench.quick else (8, 5)
     rates, best, vision = list[float](), 0.0, list[float]()
     for turn in range(rounds + 1):
         first = trainer.run.progress.step
