@@ -50,7 +50,7 @@ class _TokenLosses(torch.autograd.Function):
         each = hidden.new_empty(len(hidden), dtype=torch.float32)
         hits = torch.empty_like(counted)
         grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weight = torch.zeros_like(weight) if wanted else None
+        grad_weight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight) if wanted else None
         with torch.autocast(hidden.device.type, enabled=False):
             rows, table = hidden.to(dtype), weight.to(dtype)
             buffer = hidden.new_empty(_block(len(hidden), weight), len(weight), dtype=dtype)
@@ -66,11 +66,12 @@ class _TokenLosses(torch.autograd.Function):
                     grad_hidden[block] = gradient @ table
                     masked = rows[block] * counted[block, None]
                     if dtype != grad_weight.dtype:
-                        grad_weight.add_(gradient.T @ masked)
-                    elif block.start > 0:
-                        grad_weight.addmm_(gradient.T, masked)
-                    else:
+                        product = gradient.T @ masked
+                        grad_weight.copy_(product) if block.start == 0 else grad_weight.add_(product)
+                    elif block.start == 0:
                         torch.mm(gradient.T, masked, out=grad_weight)
+                    else:
+                        grad_weight.addmm_(gradient.T, masked)
             if grad_hidden is not None:
                 ctx.save_for_backward(grad_hidden.mul_(counted[:, None]), grad_weight)
         each.masked_fill_(~counted, 0.0)

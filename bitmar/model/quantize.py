@@ -64,24 +64,20 @@ class _BitLinear(torch.autograd.Function):
             y = y.mul_(step * scale[0]) if y.dtype == step.dtype else y * (step * scale[0])
         # what the backward pass multiplies by: a CPU would convert for longer than it saves memory
         kept = w_q.mul_(scale) if kind == "cpu" else w_q.to(torch.int8)
-        ctx.save_for_backward(x_q, step, kept, scale)
+        ctx.save_for_backward(x_q.mul_(step), kept, scale)
         ctx.input_dtype = x.dtype
         return y.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
-        x_q, step, kept, scale = ctx.saved_tensors
+        x, kept, scale = ctx.saved_tensors
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
             weight = (kept * scale).to(grad.dtype) if kept.dtype == torch.int8 else kept
             grad_x = (grad @ weight).to(ctx.input_dtype)
-        if ctx.needs_input_grad[1]:  # the step goes to the smaller operand
-            if grad.shape[1] < x_q.shape[1]:
-                grad_w = (grad * step).to(x_q.dtype).T @ x_q
-            else:
-                grad_w = grad.T @ (x_q * step).to(x_q.dtype)
-            grad_w = grad_w.to(scale.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_w = (grad.T @ x).to(scale.dtype)
         return grad_x, grad_w, None
 
 
