@@ -14,10 +14,10 @@ from torch import Tensor
 
 from bitmar.batch import IGNORE
 
-# Logits held at a time: on a CPU a little less than 32 MiB in fp32 (they stay near its cache, and glibc gives larger
-# pieces back to the system each time), elsewhere enough to fill the device.
-BLOCK_LOGITS = {"cpu": 7 * 2**20}
-BLOCK_LOGITS_ELSEWHERE = 2**26
+# Logits held at a time: on a CPU 14 MiB in fp32 a thread, so that those of all ranks stay near the cache, elsewhere
+# enough to fill the device.
+BLOCK_LOGITS_A_THREAD = 7 * 2**19
+BLOCK_LOGITS_OF_A_DEVICE = 2**26
 
 
 class TokenLosses(NamedTuple):
@@ -87,7 +87,9 @@ class _TokenLosses(torch.autograd.Function):
 
 def _block(positions: int, weight: Tensor) -> int:
     """Positions of a block: all blocks alike, as few as the limit lets them be."""
-    most = max(1, BLOCK_LOGITS.get(weight.device.type, BLOCK_LOGITS_ELSEWHERE) // len(weight))
+    cpu = weight.device.type == "cpu"
+    limit = BLOCK_LOGITS_A_THREAD * torch.get_num_threads() if cpu else BLOCK_LOGITS_OF_A_DEVICE
+    most = max(1, limit // len(weight))
     return -(-positions // max(1, -(-positions // most)))
 
 

@@ -24,6 +24,11 @@ def inputs(positions: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
+def a_thread(block: int) -> int:
+    """Logits of a thread that let blocks of so many positions be."""
+    return -(-block * VOCABULARY // torch.get_num_threads())
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     positions=st.integers(1, 50), block=st.integers(1, 60), factor=st.floats(-3, 3, width=32), seed=st.integers(0, 99)
@@ -31,7 +36,7 @@ def inputs(positions: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch
 def test_any_blocks_give_what_all_logits_give(positions: int, block: int, factor: float, seed: int) -> None:
     hidden, weight, targets = inputs(positions, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(head.BLOCK_LOGITS, "cpu", block * VOCABULARY)
+        patch.setattr(head, "BLOCK_LOGITS_A_THREAD", a_thread(block))
         losses = token_losses(hidden, weight, targets)
         gradients = torch.autograd.grad(factor * losses.total, (hidden, weight))
     logits = F.linear(hidden, weight)
@@ -45,7 +50,7 @@ def test_any_blocks_give_what_all_logits_give(positions: int, block: int, factor
 
 
 def test_the_blocks_are_alike_and_keep_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(head.BLOCK_LOGITS, "cpu", 10 * VOCABULARY)
+    monkeypatch.setattr(head, "BLOCK_LOGITS_A_THREAD", a_thread(10))
     weight = torch.zeros(VOCABULARY, WIDTH)
     for positions in range(1, 60):
         sizes = [block.stop - block.start for block in head._blocks(positions, weight)]
