@@ -132,12 +132,14 @@ class Batch:
     valid: Bool[Tensor, "B"]  # False: a masked row that only fills the batch up
     packed: bool  # several records in a row: attention stays inside each
     packing: Packing | None = None  # several captions in a row, each with its own image
+    trained: Int[Tensor, "M"] | None = None  # which of the B T positions have a target; None: not told, all may have
 
     @classmethod
     def from_rows(cls, rows: Rows, device: torch.device | str = "cpu") -> Batch:
         """Move the loader's numpy arrays to `device`; empty slots of packed captions are left behind."""
         packing = Packing.of(rows.segments, rows.slots, device) if rows.slots > 1 else None
-        values: dict[str, Any] = {"packed": rows.packed, "packing": packing}
+        trained = torch.from_numpy(np.flatnonzero(rows.targets != IGNORE)).to(device, non_blocking=True)
+        values: dict[str, Any] = {"packed": rows.packed, "packing": packing, "trained": trained}
         for f in dataclasses.fields(cls):
             if f.name not in values:
                 value = torch.from_numpy(getattr(rows, f.name))

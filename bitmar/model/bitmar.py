@@ -107,7 +107,12 @@ class BitMar(nn.Module):
         reading = self.memory["reader"](hidden, memory, batch.image_ids, mask, recall_input, packing)
         hidden, read_mass, memory_gate, recalled = reading
         hidden = self.decoder(hidden, positions, dropout, recompute)
-        loss, each, hits = self.embedding(hidden, batch.targets)
+        asked, targets = hidden.flatten(0, 1), batch.targets.flatten()
+        if batch.trained is not None:  # padding needs no logits
+            asked, targets = asked.index_select(0, batch.trained), targets[batch.trained]
+        loss, each, hits = self.embedding(asked, targets)
+        if batch.trained is not None:
+            each, hits = (x.new_zeros(batch.targets.numel()).index_copy(0, batch.trained, x) for x in (each, hits))
         return Outputs(
             loss,
             each.view(batch.targets.shape),

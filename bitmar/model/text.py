@@ -49,14 +49,14 @@ class TokenEmbedding(nn.Module):
         self.output_scale = OUTPUT_GAIN / (TABLE_STD * width)
 
     def forward(
-        self, x: Int[Tensor, "B T"] | Float[Tensor, "B T D"], targets: Int[Tensor, "B T"] | None = None
-    ) -> Float[Tensor, "B T W"] | TokenLosses:
-        """Vectors of tokens; of vectors their logits, or, given `targets`, the losses of those (N = B T)."""
+        self, x: Int[Tensor, "*B"] | Float[Tensor, "*B D"], targets: Int[Tensor, "*B"] | None = None
+    ) -> Float[Tensor, "*B W"] | TokenLosses:
+        """Vectors of tokens; of vectors their logits, or, given `targets`, the losses of those."""
         if not x.is_floating_point():
             return F.embedding(x, self.weight) * (1 / TABLE_STD)
         if targets is None:
             return F.linear(x * self.output_scale, self.weight)
-        return token_losses((x * self.output_scale).flatten(0, 1), self.weight, targets.flatten())
+        return token_losses(x * self.output_scale, self.weight, targets)
 
 
 class TextEncoder(nn.Module):

@@ -126,3 +126,34 @@ def test_every_parameter_is_part_of_every_step() -> None:
         missing = [name for name, p in model.named_parameters() if p.grad is None]
         assert missing == []
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_padding_left_out_of_the_head_changes_no_loss() -> None:
+    """`trained` names the positions with a target: the same losses, hits and gradients as without it."""
+    batch, results = caption_batch(), []
+    assert (batch.targets < 0).any()
+    told = batch.replace(trained=(batch.targets.flatten() >= 0).nonzero()[:, 0])
+    config = small_model()
+    for side in (batch, told):
+        torch.manual_seed(0)
+        model = BitMar(config)
+        outputs = model(side, MemoryState.empty(config.memory_size, config.episode_dim))
+        (outputs.loss + 0.0 * outputs.side_sum()).backward()
+        results.append((outputs, {name: p.grad for name, p in model.named_parameters()}))
+    (plain, expected), (short, gradients) = results
+    assert torch.equal(plain.hits, short.hits)
+    torch.testing.assert_close(short.token_losses, plain.token_losses, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(short.loss, plain.loss, rtol=1e-6, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_micro_batch_without_a_target_has_loss_0_and_gradients_of_0() -> None:
+    batch = caption_batch()
+    nothing = batch.replace(targets=torch.full_like(batch.targets, -100), trained=torch.zeros(0, dtype=torch.int64))
+    config = small_model()
+    model = BitMar(config)
+    outputs = model(nothing, MemoryState.empty(config.memory_size, config.episode_dim))
+    (outputs.loss + 0.0 * outputs.side_sum()).backward()
+    assert float(outputs.loss.detach()) == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

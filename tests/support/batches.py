@@ -120,7 +120,9 @@ def packed_captions(batch: Batch, rows: list[list[int]], length: int, slots: int
 
 def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     """Rows start to stop of a batch."""
-    parts = {name: value[start:stop] for name, value in vars(batch).items() if name not in ("packed", "packing")}
+    parts = {
+        name: value[start:stop] for name, value in vars(batch).items() if name not in ("packed", "packing", "trained")
+    }
     return batch.replace(**parts)
 
 
