@@ -28,7 +28,7 @@ from bitmar.model.vision import VisionEncoder
 class Outputs:
     loss: Float[Tensor, ""]  # cross-entropy in nats (fp32), summed over the positions with a target
     token_losses: Float[Tensor, "B T"]  # of each position, 0 without a target; no gradient
-    hits: Bool[Tensor, "B T"]  # the target has the largest logit
+    hits: Bool[Tensor, "B T"]  # no logit is larger than the target's
     logits: Float[Tensor, "B T V"] | None  # where asked for
     text_latent: Float[Tensor, "N Z"]
     vision_latent: Float[Tensor, "N Z"]

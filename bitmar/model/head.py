@@ -25,7 +25,7 @@ class TokenLosses(NamedTuple):
 
     total: Float[Tensor, ""]  # over all positions
     each: Float[Tensor, "N"]  # 0 where the target is IGNORE
-    hits: Bool[Tensor, "N"]  # the target has the largest logit; False where it is IGNORE
+    hits: Bool[Tensor, "N"]  # no logit is larger than the target's; False where it is IGNORE
 
 
 def token_losses(hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N"]) -> TokenLosses:
