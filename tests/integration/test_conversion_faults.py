@@ -97,7 +97,7 @@ def test_two_into_one_folder(raw: Path, undisturbed: dict[str, bytes], tmp_path:
     """The second refuses, whole or part, and the first is not disturbed; the same part twice likewise."""
     out, state = tmp_path / "shards", tmp_path / ".shards.part" / "state"
     first = start(raw, out)
-    wait_for(state / "identity.json", first)
+    wait_for(state / "part-1-of-1", first)  # made when it has its lock: until then the second may have it
     first.send_signal(signal.SIGSTOP)
     for arguments in ((), ("--resume",), ("--force",), ("--part", "1/2"), ("--shuffle-seed", 1)):
         second = run_tool("make_shards.py", "--raw", raw, "--out", out, *SETTINGS, *arguments)
