@@ -317,17 +317,17 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        t, m = self.training, self.model
+        t, m, micro = self.training, self.model, self.micro_batch(1)
         _require(bool(self.phases), "phases is empty: give at least one phase")
         _require(
-            t.global_batch % t.micro_batch == 0,
-            f"training.global_batch {t.global_batch} must be a multiple of training.micro_batch {t.micro_batch}",
+            t.global_batch % micro == 0,
+            f"training.global_batch {t.global_batch} must be a multiple of training.micro_batch {micro}",
         )
         contrastive = any(p.losses.get("contrastive", 0) > 0 for p in self.phases)
-        fits = t.micro_batch % m.contrastive_group == 0 or m.contrastive_group % t.micro_batch == 0
+        fits = micro % m.contrastive_group == 0 or m.contrastive_group % micro == 0
         _require(
             not contrastive or fits,
-            f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {t.micro_batch} "
+            f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {micro} "
             "or be a multiple of it",
         )
         _require(
@@ -335,14 +335,14 @@ class Config:
             f"training.global_batch {t.global_batch} must be a multiple of data.partitions {self.data.partitions}",
         )
         _require(
-            not contrastive or self.data.partitions == 1 or t.micro_batch % m.contrastive_group == 0,
+            not contrastive or self.data.partitions == 1 or micro % m.contrastive_group == 0,
             f"with data.partitions {self.data.partitions} a rank's rows are neighbours, so model.contrastive_group "
-            f"{m.contrastive_group} must divide training.micro_batch {t.micro_batch}",
+            f"{m.contrastive_group} must divide training.micro_batch {micro}",
         )
         recall = any(p.losses.get("recall", 0) > 0 for p in self.phases)
         _require(
-            not recall or t.micro_batch % m.recall_group == 0,
-            f"training.micro_batch {t.micro_batch} must be a multiple of model.recall_group {m.recall_group}",
+            not recall or micro % m.recall_group == 0,
+            f"training.micro_batch {micro} must be a multiple of model.recall_group {m.recall_group}",
         )
         every, validated = self.checkpoint.every_steps, self.validation.every_steps
         _require(

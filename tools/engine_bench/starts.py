@@ -26,6 +26,7 @@ SUPERVISOR = ROOT / "launch/supervise.py"
 START_BAR_S, RESTART_BAR_S = 15.0, 30.0
 GUARD_S = 600.0  # against hangs
 POLL_S = 0.02
+OF_A_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
 
 
 def start_rows(bench: Bench) -> Iterator[Row]:
@@ -110,8 +111,9 @@ def restart_row(run: Path, process: subprocess.Popen[bytes], command: Sequence[s
 
 
 def start(command: Sequence[str], log: Any) -> subprocess.Popen[bytes]:
-    """In a session of its own, so that all of it can be ended."""
-    return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True, env=dict(os.environ))
+    """In a session of its own, so that all of it can be ended, and in no group that this process is in."""
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
+    return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, start_new_session=True, env=environment)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
