@@ -323,10 +323,9 @@ class Config:
             t.global_batch % micro == 0,
             f"training.global_batch {t.global_batch} must be a multiple of training.micro_batch {micro}",
         )
-        contrastive = any(p.losses.get("contrastive", 0) > 0 for p in self.phases)
         fits = micro % m.contrastive_group == 0 or m.contrastive_group % micro == 0
         _require(
-            not contrastive or fits,
+            not self._asks_for("contrastive") or fits,
             f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {micro} "
             "or be a multiple of it",
         )
@@ -334,16 +333,7 @@ class Config:
             t.global_batch % self.data.partitions == 0,
             f"training.global_batch {t.global_batch} must be a multiple of data.partitions {self.data.partitions}",
         )
-        _require(
-            not contrastive or self.data.partitions == 1 or micro % m.contrastive_group == 0,
-            f"with data.partitions {self.data.partitions} a rank's rows are neighbours, so model.contrastive_group "
-            f"{m.contrastive_group} must divide training.micro_batch {micro}",
-        )
-        recall = any(p.losses.get("recall", 0) > 0 for p in self.phases)
-        _require(
-            not recall or micro % m.recall_group == 0,
-            f"training.micro_batch {micro} must be a multiple of model.recall_group {m.recall_group}",
-        )
+        self._check_groups(micro)
         every, validated = self.checkpoint.every_steps, self.validation.every_steps
         _require(
             self.checkpoint.keep_best == 0 or every % validated == 0,
@@ -366,20 +356,29 @@ class Config:
             f"training.global_batch {t.global_batch} is not divided by training.micro_batch {micro} x "
             f"{world_size} ranks; a multiple of {together} would do, or another micro-batch",
         )
-        asked = {name for phase in self.phases for name, weight in phase.losses.items() if weight > 0}
-        of_ranks = f"{micro} x {world_size} ranks = {together}: its rows are compared within one forward pass"
         _require(
-            "contrastive" not in asked or together % m.contrastive_group == 0,
-            f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {of_ranks}",
+            not self._asks_for("contrastive") or together % m.contrastive_group == 0,
+            f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {micro} x "
+            f"{world_size} ranks = {together}: its rows are compared within one forward pass",
         )
+        self._check_groups(micro)
+
+    def _asks_for(self, loss: str) -> bool:
+        """Whether any phase trains on a loss."""
+        return any(phase.losses.get(loss, 0) > 0 for phase in self.phases)
+
+    def _check_groups(self, micro: int) -> None:
+        """Refuse groups that do not lie within the `micro` rows of a rank's forward pass. Raises ConfigError."""
+        m = self.model
         _require(
-            "contrastive" not in asked or self.data.partitions == 1 or micro % m.contrastive_group == 0,
+            not self._asks_for("contrastive") or self.data.partitions == 1 or micro % m.contrastive_group == 0,
             f"with data.partitions {self.data.partitions} a rank's rows are neighbours, so model.contrastive_group "
-            f"{m.contrastive_group} must divide the {micro} rows that each of {world_size} ranks has",
+            f"{m.contrastive_group} must divide training.micro_batch {micro} (or a rank's share of the batch)",
         )
         _require(
-            "recall" not in asked or micro % m.recall_group == 0,
-            f"model.recall_group {m.recall_group} must divide the {micro} rows that each of {world_size} ranks has",
+            not self._asks_for("recall") or micro % m.recall_group == 0,
+            f"training.micro_batch {micro} (or a rank's share of the batch) must be a multiple of "
+            f"model.recall_group {m.recall_group}",
         )
 
     def micro_batch(self, world_size: int) -> int:

@@ -129,7 +129,10 @@ def test_a_rank_has_a_recall_group_at_least(tmp_path: Path) -> None:
         {"phases": [phase], "training": {"global_batch": 32, "micro_batch": 16}, "model": {"recall_group": 8}},
     )
     config.check_world(4)
-    with pytest.raises(ConfigError, match="recall_group 8 must divide the 4 rows that each of 8 ranks has"):
+    with pytest.raises(
+        ConfigError,
+        match=r"micro_batch 4 \(or a rank's share of the batch\) must be a multiple of model.recall_group 8",
+    ):
         config.check_world(8)
 
 
