@@ -315,15 +315,16 @@ def open_run(config: Config, world: World, progress: Progress, total_steps: int,
             problem = f"run.directory: {directory} cannot be written: {error.strerror}"
     world.raise_together(problem, ConfigError)
     check_shared(directory, world)
-    mode = "disabled" if finished else config.logging.wandb
+    wandb = config.wandb
+    mode = "disabled" if finished or not wandb.enabled else "offline" if wandb.offline else None
     return open_sinks(
         directory,
         world.rank,
-        project=config.logging.wandb_project,
+        project=wandb.project,
         name=config.run.name,
         run_id=progress.run_id,
         config=yaml.safe_load(dump_config(config)),
-        wandb_mode=None if mode == "auto" else mode,
+        wandb_mode=mode,
         total_steps=total_steps,
         resume_step=progress.step if progress.step else None,
     )

@@ -163,7 +163,7 @@ def loop(run: Run) -> None:
         step = run.progress.step
         mark_due(run)
         saves = run.save_due and run.progress.skipped_in_a_row == 0  # weights may be broken while updates are left out
-        if step % config.logging.log_every_n_steps == 0 or saves or step == run.last_step:
+        if step % config.wandb.log_every_n_steps == 0 or saves or step == run.last_step:
             log(run)
         if step % config.validation.every_steps == 0:
             hold_validation(run)

@@ -20,8 +20,8 @@ RECIPE_OWNS = {
     "bf16": "training.precision",
     "fp16": "training.precision",
     "torch_autocast": "training.precision",
-    "wandb": "logging.*",
-    "tensorboard": "logging.*",
+    "wandb": "wandb.*",
+    "tensorboard": "wandb.*",
     "activation_checkpointing": "engine.activation_checkpointing",
 }
 NEED_GPUS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")

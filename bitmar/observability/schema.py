@@ -25,7 +25,7 @@ class Reduction(Enum):
 class Cadence(Enum):
     """When a metric is filled."""
 
-    STEP = "step"  # every logging.log_every_n_steps optimiser steps
+    STEP = "step"  # every wandb.log_every_n_steps optimiser steps
     VALIDATION = "validation"  # at each validation
 
 

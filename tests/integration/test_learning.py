@@ -37,7 +37,7 @@ def run_seeds(world: World, shards: str, runs: str) -> None:
             "training.precision=fp32",
             "validation.every_steps=1000",
             "checkpoint.every_steps=1000",
-            "logging.wandb=disabled",
+            "wandb.enabled=false",
         )
         train(load_config(Path("launch/recipes/demo.yaml"), overrides), world)
 

@@ -86,7 +86,9 @@ def test_a_run_name_is_a_plain_folder(tmp_path: Path, name: str) -> None:
         ("training", "max_steps", 0),
         ("optimizer", "beta2", 1.0),
         ("checkpoint", "keep_last", 0),
-        ("logging", "wandb", "sometimes"),
+        ("wandb", "enabled", "sometimes"),
+        ("wandb", "log_interval", 7),
+        ("wandb", "probe_samples", 10**6),
     ],
 )
 def test_each_section_names_the_value_it_refuses(tmp_path: Path, section: str, name: str, value: Any) -> None:

@@ -26,7 +26,7 @@ def stall_rows(bench: Bench) -> Iterator[Row]:
     make(raw, seed=0, images=images, words=words)
     convert(raw, shards, Options(vocab_size=recipe["model"]["vocab_size"]), force=False, report=lambda *_: None)
     train = [sys.executable, "-m", "bitmar.train", "--config"] if bench.quick else ["bash", "launch/local.sh"]
-    overrides = [f"data.shards={shards}", f"run.directory={bench.folder}", "run.name=stall", "logging.wandb=disabled"]
+    overrides = [f"data.shards={shards}", f"run.directory={bench.folder}", "run.name=stall", "wandb.enabled=false"]
     if bench.quick:
         overrides += [f"phases.{number}.steps=3" for number in range(len(recipe["phases"]))]
         overrides += ["training.global_batch=32", "engine.threads_per_rank=1", "validation.max_samples=32"]
