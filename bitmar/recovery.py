@@ -97,7 +97,7 @@ def go_back(run: Run, left_out: list[int]) -> bool:
     run.loader = open_loader(run.config, run.shards, run.progress, run.world)
     run.statistics.reset()
     run.counted.zero_()
-    run.window = Window()
+    run.window = Window(sources=run.window.sources * 0)
     run.saved_at, run.save_due, run.validated_at = run.progress.step, False, -1
     run.milestones, run.milestones_due = await_milestones(run.config, run.progress), ()
     cut = run.sinks.truncate_after(run.progress.step)

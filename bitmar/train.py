@@ -19,8 +19,8 @@ from typing import NoReturn
 import torch
 
 from bitmar import recovery
-from bitmar.assembly import Run, Window, assemble
-from bitmar.batch import IGNORE, Batch
+from bitmar.assembly import Run, assemble
+from bitmar.batch import Batch
 from bitmar.config import Config, ConfigError, load_config
 from bitmar.engine.checkpoint import CheckpointError
 from bitmar.engine.faults import STOPPED, Guard, Notice, Stopped, TrainingError
@@ -32,8 +32,9 @@ from bitmar.model.bitmar import Outputs
 from bitmar.model.memory import MemoryState
 from bitmar.observability.plots import write_plots
 from bitmar.observability.reduce import reduce
-from bitmar.observability.schema import Cadence, select
-from bitmar.observability.stats import Statistics, record_memory
+from bitmar.observability.schema import Cadence, schema_of, select
+from bitmar.observability.stats import Statistics
+from bitmar.observing import draw, gather_damage, is_log_due, is_observed, log, log_start, observe, probe, show_pictures
 from bitmar.rehearsal import rehearse
 from bitmar.saving import mark_due, save, tell_saved
 from bitmar.startup import StartUp
@@ -42,7 +43,6 @@ from shards.record import DataError
 
 USER_ERROR = 2  # exit code of a mistake in recipe, data or checkpoint
 INTERRUPTED = 130
-LOSS_METRICS = {"lm": "Training/Loss_LM", "contrastive": "Training/Loss_Contrastive", "recall": "Training/Loss_Recall"}
 OTHER_RANK_WAIT_S = 5.0  # rank 0 tells of an error that all ranks meet; a rank that lives on after this tells its own
 
 
@@ -117,6 +117,7 @@ def train(config: Config, world: World, guard: Guard | None = None, start_up: St
             code = 0
             return
         if run.progress.step == 0:
+            log_start(run)
             run.progress = dataclasses.replace(run.progress, initial_loss=hold_validation(run))
             run.start_up.mark("validation")
         elif run.progress.validation_due:
@@ -137,9 +138,11 @@ def loop(run: Run) -> None:
     steps = iter(run.loader)
     while run.progress.step < run.last_step:
         started = time.perf_counter()
+        run.clock.start()
         run.guard.beat("waiting for data", run.progress.step)
         state, rows = next_step(run, steps)
         run.guard.beat("training", run.progress.step)
+        run.clock.mark("Data")
         run.start_up.mark("first_batch")
         rates = rates_at(run.progress.step, total, config.optimizer)
         if run.progress.step in run.progress.left_out:
@@ -148,7 +151,8 @@ def loop(run: Run) -> None:
             phase = config.phases[state.phase]
             run.engine.set_rates(rates, phase.train)
             batches = [Batch.from_rows(part, run.world.device) for part in rows]
-            result = train_step(run.engine, batches, run.memory, phase, config, run.world, run.progress.step)
+            watch = (run.clock, is_observed(run))
+            result = train_step(run.engine, batches, run.memory, phase, config, run.world, run.progress.step, *watch)
             if recovery.undo_spike(run, result):
                 steps = iter(run.loader)
                 continue
@@ -156,6 +160,7 @@ def loop(run: Run) -> None:
             run.memory = result.memory
             advance(run, state, result)
             observe(run, rows, result)
+            run.clock.mark("Logging")
             if run.start_up.mark("first_step"):
                 run.sinks.event("started", step=run.progress.step, seconds=run.start_up.seconds, **run.start_up.parts)
             run.window.seconds += time.perf_counter() - started
@@ -163,13 +168,17 @@ def loop(run: Run) -> None:
         step = run.progress.step
         mark_due(run)
         saves = run.save_due and run.progress.skipped_in_a_row == 0  # weights may be broken while updates are left out
-        if step % config.wandb.log_every_n_steps == 0 or saves or step == run.last_step:
+        if is_log_due(run, step) or saves:
+            probe(run)
             log(run)
         if step % config.validation.every_steps == 0:
             hold_validation(run)
+        run.clock.start()
         if saves:
             save(run)
         tell_saved(run, run.saver.poll())
+        run.clock.mark("Checkpoint")
+        draw(run)
 
 
 def next_step(run: Run, steps: Iterator[tuple[LoaderState, list[Rows]]]) -> tuple[LoaderState, list[Rows]]:
@@ -232,86 +241,11 @@ def advance(run: Run, state: LoaderState, result: StepResult | None) -> None:
     )
 
 
-def observe(run: Run, rows: list[Rows], result: StepResult) -> None:
-    """Add a step to the statistics; nothing is read back from the device. Losses of an update that was left out would
-    make the means of the others NaN."""
-    s = run.statistics
-    if not result.skipped:
-        s.add("Training/Loss", result.objective, 1 / run.world.size)
-        for name, total in result.sums.items():
-            s.add(LOSS_METRICS[name], total, result.counts[name])
-        norm = torch.as_tensor(result.gradient_norm)
-        s.add("Gradients/Total_Norm", norm)
-        s.add("Gradients/Clipped_Fraction", norm > run.config.training.gradient_clip)
-        s.add("Memory/Writes", len(result.writes.slots))
-        s.add("Memory/Gate_Mean", result.memory_gate)
-    s.add("Data/Wait_Seconds", run.loader.wait_seconds)
-    tokens = sum(int((part.targets != IGNORE).sum()) for part in rows)
-    s.add("Data/Padding_Efficiency", tokens, sum(part.targets.size for part in rows))
-    w = run.window
-    w.steps += 1
-    w.tokens += tokens
-    w.samples += sum(part.samples for part in rows)
-    w.words += sum(int(part.words.sum()) for part in rows)
-
-
-def log(run: Run) -> None:
-    """Reduce the statistics since the last log over all ranks and hand them to the sinks."""
-    s, w, config = run.statistics, run.window, run.config
-    assert w.last is not None, "there was a step since the last log"
-    state, rates = w.last
-    words, samples = run.counted.tolist()
-    run.counted.zero_()
-    run.progress = dataclasses.replace(
-        run.progress, words=run.progress.words + words, samples=run.progress.samples + samples
-    )
-    if run.world.device.type == "cuda":
-        started = time.perf_counter()
-        torch.cuda.synchronize()
-        w.seconds += time.perf_counter() - started
-    if w.steps:  # none where all were left out
-        s.add("Throughput/Samples_Per_Second", w.samples / w.seconds)
-        s.add("Throughput/Words_Per_Second", w.words / w.seconds)
-        s.add("Throughput/Tokens_Per_Second", w.tokens / w.seconds)
-        s.add("Throughput/Step_Seconds", w.seconds, w.steps)
-    gather_damage(run)
-    s.same("Data/Damaged_Samples", len(run.damaged))
-    phase = config.phases[state.phase]
-    s.same("Training/Learning_Rate", rates.learning_rate)
-    s.same("Training/Weight_Decay", rates.weight_decay)
-    s.same("Training/Epoch", (state.position + 1) / run.lengths[state.phase] * (phase.epochs or 1.0))
-    s.same("Training/Step", run.progress.step)
-    s.same("Training/Words", run.progress.words)
-    s.same("Training/Phase", state.phase)
-    s.same("Training/Skipped_Updates", run.progress.skipped)
-    s.same("Training/Batch_Size", config.training.global_batch)
-    written = run.memory.written
-    s.same("Memory/Active_Slots_Percentage", 100 * written.double().mean())
-    s.same("Memory/Age_Mean", (run.memory.age * written).sum() / written.sum().clamp(min=1))
-    record_memory(s)
-    values = reduce(s, run.world)
-    s.reset()
-    run.progress = dataclasses.replace(run.progress, seconds=run.progress.seconds + w.seconds)
-    run.window = Window()
-    run.sinks.log(run.progress.step, values)
-
-
-def gather_damage(run: Run) -> None:
-    """Bring together what damaged samples the ranks have met, and list the new ones."""
-    new = set(run.loader.damaged) - run.damaged
-    if not run.world.any(bool(new)):
-        return
-    union = set[tuple[str, str]]().union(*run.world.gather_objects(new))
-    for shard, key in sorted(union - run.damaged):
-        run.sinks.event("damaged_sample", shard=shard, key=key)
-    run.damaged |= union
-
-
 def hold_validation(run: Run) -> float | None:
     """Score the held-out rows, log them, and return Validation/Loss (of text where there are no captions)."""
     step = run.progress.step
     if run.validated_at != step and run.held_out:
-        statistics = Statistics(select(Cadence.VALIDATION), run.world.device)
+        statistics = Statistics(select(schema_of(run.layout), Cadence.VALIDATION), run.world.device)
         run.engine.train(False)
         sets = run.held_out.get("pairs"), run.held_out.get("text")
 
@@ -322,9 +256,9 @@ def hold_validation(run: Run) -> float | None:
 
         validate(forward, *sets, run.memory, run.world, statistics)
         run.engine.train(True)
-        run.validation, run.validated_at = reduce(statistics, run.world), step
+        run.validation, run.validated_at = reduce(statistics, run.world).numbers, step
         run.progress = dataclasses.replace(run.progress, validation_due=False)
-        run.sinks.log(step, run.validation)
+        run.sinks.log(step, run.validation | run.history.add(run.validation))
     return run.validation.get("Validation/Loss", run.validation.get("Validation/Loss_Text"))
 
 
@@ -339,7 +273,11 @@ def finish(run: Run) -> None:
     if not run.world.is_first:
         return
     directory = run.config.run_directory
-    write_plots(directory, [phase.name for phase in run.config.phases], run.shards.generated)
+    if run.board is not None:
+        run.board.close()
+        for path in write_plots(directory, [phase.name for phase in run.config.phases], run.shards.generated):
+            run.sinks.image(run.progress.step, f"Plots/{path.stem}", path)
+        show_pictures(run)
     seconds, progress = run.progress.seconds, run.progress
     summary = {
         "data": "generated" if run.shards.generated else "given",

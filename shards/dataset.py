@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ DAMAGE_CEILING = 1e-4
 FILES_PER_SHARD, SPARE_FILES = 4, 256
 MAX_OPEN = 256
 ROOM_POLL_S = 0.05  # how often it is looked whether other processes have let go of what fills the cache
-TABLE = ("first_token", "stop_token", "words", "image_id", "vector_offset")  # columns of OpenShard.table
+TABLE = ("first_token", "stop_token", "words", "image_id", "vector_offset", "source")  # columns of OpenShard.table
 
 
 class OpenShard:
@@ -40,8 +40,9 @@ class OpenShard:
 
     __slots__ = ("__weakref__", "blocks", "damaged", "lost", "reader", "table", "tokens", "vector_bytes")
 
-    def __init__(self, reader: ShardReader, damaged: frozenset[int]) -> None:
-        """lost: bool [N], the same as `damaged`; table: int64 [N, 5], the columns of TABLE.
+    def __init__(self, reader: ShardReader, damaged: frozenset[int], numbers: Mapping[str, int]) -> None:
+        """lost: bool [N], the same as `damaged`; table: int64 [N, 6], the columns of TABLE; numbers: of the sources
+        by name (0 for one that it lacks).
 
         vector_bytes: the size of each vector, 0 where they are not raw. tokens [K] and blocks (a vector from each
         byte of the tar on) are maps of the files, None where the files are read at offsets.
@@ -54,8 +55,10 @@ class OpenShard:
         self.lost = np.zeros(len(reader), np.bool_)
         self.lost[list(damaged)] = True
         offsets = columns["token_offsets"]
-        rest = (columns[name].astype(np.int64) for name in TABLE[2:])
-        self.table = np.stack([offsets[:-1], offsets[1:], *rest], axis=1)
+        names = [name.decode("utf-8", "replace") for name in columns["sources"].tolist()]
+        source = np.array([numbers.get(name, 0) for name in names], np.int64)[columns["source"]]
+        rest = (columns[name].astype(np.int64) for name in TABLE[2:-1])
+        self.table = np.stack([offsets[:-1], offsets[1:], *rest, source], axis=1)
         tokens, data = reader.token_bytes, reader.data
         self.tokens = tokens.items(reader.token_dtype) if isinstance(tokens, MappedRegion) else None
         self.blocks = data.blocks(self.vector_bytes) if isinstance(data, MappedRegion) and raw else None
@@ -75,6 +78,7 @@ class Readers:
     def __init__(self, store: Store, manifest: dict[str, Any], damage_ceiling: float, room_wait_s: float) -> None:
         self._store, self._entries = store, manifest["shards"]
         self._tokenizer = manifest["tokenizer"]["sha256"]
+        self._sources = {source["name"]: number for number, source in enumerate(manifest["sources"])}
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._busy: dict[int, threading.Lock] = {}
         self._damaged: dict[int, frozenset[int]] = {}
@@ -175,7 +179,7 @@ class Readers:
                 paths.append(self._bring(part, keep, waits))
                 pinned.append(part["file"])
             reader = ShardReader(paths[0], self._tokenizer, paths[1])
-            opened = OpenShard(reader, self._verify(shard, reader))
+            opened = OpenShard(reader, self._verify(shard, reader), self._sources)
         except BaseException:
             _let_go(self._store, pinned)
             raise
@@ -207,6 +211,7 @@ class ShardSet:
     manifest: dict[str, Any]
     vocab_size: int
     tokenizer_hash: str
+    tokenizer: str = field(repr=False, compare=False)  # its file
     generated: bool
     vector_size: int
     remote: bool
@@ -233,7 +238,7 @@ class ShardSet:
         store = open_store(str(location), cache)
         manifest = parse_manifest(store.read(MANIFEST), f"{store.location}/{MANIFEST}")
         tokenizer = manifest["tokenizer"]
-        _read_checked(store, tokenizer["file"], tokenizer["sha256"])
+        tokenizer_file = _read_checked(store, tokenizer["file"], tokenizer["sha256"]).decode("utf-8")
         lengths = _read_checked(store, manifest["lengths"]["file"], manifest["lengths"]["sha256"])
         for entry in () if remote else manifest["shards"]:
             for part in (entry, entry["index"]):
@@ -245,6 +250,7 @@ class ShardSet:
             manifest,
             tokenizer["vocab_size"],
             tokenizer["sha256"],
+            tokenizer_file,
             manifest["generated"],
             manifest["vector_size"],
             remote,
@@ -253,6 +259,11 @@ class ShardSet:
             store,
             _length_counts(lengths, manifest, store.location),
         )
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """By the numbers that rows give their sources."""
+        return tuple(source["name"] for source in self.manifest["sources"])
 
     @property
     def identity(self) -> str:

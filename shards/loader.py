@@ -282,6 +282,11 @@ class ValidationSet:
         return -(-len(self._record) // (self._micro_batch * self._world))
 
     @property
+    def rows(self) -> int:
+        """How many rows they are, of all ranks."""
+        return len(self._record)
+
+    @property
     def samples(self) -> int:
         """How many samples were chosen."""
         return len(self._chosen.shard)

@@ -21,7 +21,7 @@ from shards.tokenizer import BOS, EOS
 IGNORED = -100
 DENSE = 8  # spans a shard
 PER_POSITION = ("tokens", "targets", "segments", "positions")
-PER_SLOT = ("vision", "has_vision", "image_ids")
+PER_SLOT = ("vision", "has_vision", "image_ids", "sources")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Rows:
     vision: np.ndarray  # float16 or float32 [B * S, V], as stored: zeros where none
     has_vision: np.ndarray  # bool [B * S]
     image_ids: np.ndarray  # int64 [B * S]: 0 = none
+    sources: (
+        np.ndarray
+    )  # int64 [B * S]: number of the source in the manifest, of a row of text that of one of its records
     words: np.ndarray  # int64 [B]: words whose first token is a target of the row
     rows: np.ndarray  # int64 [B]: (phase << 40) | (step * G + index in the global batch)
     valid: np.ndarray  # bool [B]: False where all targets are -100 (filler, damaged)
@@ -61,6 +64,7 @@ class Rows:
             self.vision[slot],
             self.has_vision[slot],
             self.image_ids[slot],
+            self.sources[slot],
             self.words[row],
             self.rows[row],
             self.valid[row],
@@ -83,6 +87,7 @@ class _Spans:
     ends: np.ndarray  # whether the record ends in the span, so that eos is its last target
     words: np.ndarray
     image_ids: np.ndarray
+    sources: np.ndarray
     vectors: np.ndarray  # where the vector begins in the tar
     groups: list[tuple[OpenShard, slice]]  # the spans of each shard
 
@@ -117,6 +122,9 @@ def _merged(rows: Rows, more: Rows) -> Rows:
     for names, there in ((PER_POSITION, more.segments > 0), (PER_SLOT, more.has_vision)):
         for name in names:
             getattr(rows, name)[there] = getattr(more, name)[there]
+    if rows.modality != PAIRS:
+        new = more.valid & ~rows.valid
+        rows.sources[new] = more.sources[new]
     return replace(rows, words=rows.words + more.words, valid=rows.valid | more.valid)
 
 
@@ -135,6 +143,7 @@ def _build(find: Find, plan: RowPlan, positions: np.ndarray, begin: int) -> tupl
         vision=_vision(spans, slot, size * slots) if pairs else np.zeros((size, VECTOR_SIZE), np.float16),
         has_vision=np.zeros(size * slots, np.bool_),
         image_ids=np.zeros(size * slots, np.int64),
+        sources=np.zeros(size * slots, np.int64),
         words=np.zeros(size, np.int64),
         rows=positions,
         valid=np.zeros(size, np.bool_),
@@ -150,6 +159,9 @@ def _build(find: Find, plan: RowPlan, positions: np.ndarray, begin: int) -> tupl
     if pairs:
         rows.has_vision[slot] = True
         rows.image_ids[slot] = spans.image_ids
+        rows.sources[slot] = spans.sources
+    else:
+        rows.sources[row[::-1]] = spans.sources[::-1]
     return rows, done
 
 
@@ -187,12 +199,14 @@ def _look_up(find: Find, plan: RowPlan, begin: int) -> tuple[_Spans, int]:
         groups.append((opened, slice(count, count + len(here))))
         count += len(here)
     order = np.concatenate(kept)
-    low, high, words, image_ids, vectors = np.concatenate(found).T
+    low, high, words, image_ids, vectors, sources = np.concatenate(found).T
     starts, lengths = plan.starts[order], plan.lengths[order]
     stops = low + starts + lengths
     ends, stops = stops > high, np.minimum(stops, high)
     begins = low + starts - (starts > 0)  # the first input of a later piece is the last target before it
-    spans = _Spans(order, plan.samples[order], starts, lengths, begins, stops, ends, words, image_ids, vectors, groups)
+    spans = _Spans(
+        order, plan.samples[order], starts, lengths, begins, stops, ends, words, image_ids, sources, vectors, groups
+    )
     _count_words(spans)
     return spans, begin + done
 

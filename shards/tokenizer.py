@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -67,6 +67,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer.to_str(pretty=True)
+
+
+def token_texts(tokenizer_file: str) -> Callable[[int], str]:
+    """What each token of a tokenizer's file stands for, as a person reads it."""
+    inner = tokenizers.Tokenizer.from_str(tokenizer_file)
+    return lambda token: inner.decode([token], skip_special_tokens=False)
 
 
 class _Parsing:

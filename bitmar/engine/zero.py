@@ -21,10 +21,12 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder  # pyright: ignore[reportAttributeAccessIssue]
+from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from bitmar.batch import Batch
 from bitmar.config import COMPONENTS, Config, ConfigError
+from bitmar.engine.census import Census, Watched, component_of, gradient_sums, matrices_of, ternary_sums, update_sums
 from bitmar.engine.ds_config import fit_ds_config, read_ds_config, uses_nvme
 from bitmar.engine.extensions import prepare_extensions
 from bitmar.engine.fragments import KINDS, Fragment
@@ -33,6 +35,7 @@ from bitmar.engine.world import World
 from bitmar.model.bitmar import BitMar, Outputs, component_parameters
 from bitmar.model.blocks import Block
 from bitmar.model.memory import MemoryState
+from bitmar.model.quantize import BitLinear
 
 # (kind, parameter, first number, end) -> those numbers, fp32 on the CPU
 ReadPiece = Callable[[str, str, int, int], Tensor]
@@ -68,7 +71,12 @@ class ZeroEngine:
         self.skipped = False  # the last step left its update out, on all ranks: its gradient was not finite
         self._scale = float(world.size)  # DeepSpeed averages over ranks; losses are already divided globally
         self._frozen: set[str] = set()
+        self.census: Census | None = None  # of the last step that took one
+        self.matrices = matrices_of(model)
+        self._watched = Watched()
+        self._adamw = config.optimizer
         self._parameters: list[tuple[str, Any]] = list(model.named_parameters())
+        self._by_name = dict(self._parameters)
         self._hook_gradients(model)
         groups = _optimizer_groups(model)
         optimizer = torch.optim.AdamW(
@@ -107,8 +115,38 @@ class ZeroEngine:
     def module(self) -> BitMar:
         return self._engine.module
 
-    def forward(self, batch: Batch, memory: MemoryState, recall: bool = False) -> Outputs:
-        return self._engine(batch, memory, recall)
+    def forward(
+        self,
+        batch: Batch,
+        memory: MemoryState,
+        recall: bool = False,
+        entropy: bool = False,
+        heads: bool = False,
+    ) -> Outputs:
+        return self._engine(batch, memory, recall, entropy=entropy, heads=heads)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Forward passes in here are of the model as it is in evaluation, and no gradient is worked out for a weight;
+        compiled blocks run as they are written."""
+        asked = [p.requires_grad for _, p in self._parameters]
+        self.train(False)
+        for _, p in self._parameters:
+            p.requires_grad_(False)
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            for (_, p), required in zip(self._parameters, asked, strict=True):
+                p.requires_grad_(required)
+            self.train(True)
+
+    def keep_scales(self, on: bool) -> None:
+        """Under ZeRO-3, where no rank holds the weights between passes, have forward passes keep their gammas, for a
+        census at the end of the step."""
+        for module in self.module.modules() if self.stage == 3 else ():
+            if isinstance(module, BitLinear):
+                module.keeps_scale = on
 
     def train(self, mode: bool = True) -> None:
         self._engine.train(mode)
@@ -129,13 +167,18 @@ class ZeroEngine:
         """
         self._engine.backward(loss * (self._scale * (1 + 0 * loss.detach())), scale_wrt_gas=False)
 
-    def step(self) -> None:
-        """Call after every micro-batch; the update happens at the accumulation boundary.
+    def step(self, census: bool = False) -> None:
+        """Call after every micro-batch; the update happens at the accumulation boundary, with a census of it if asked.
 
         An update whose gradient is not finite is left out and the gradient dropped: weights, moments and the
         optimiser's step stay as they are. ZeRO 1 to 3 do so themselves (`overflow`), from the norm of all ranks.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
+        counted = weights = None
+        if boundary and census:
+            device = self.world.device
+            counted = gradient_sums(self._gradients(), device)
+            weights = ternary_sums(self.fragments(), self.matrices, self._watched, device)
         if boundary and self.stage == 0:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(grads)  # they are summed over ranks by now
@@ -148,6 +191,37 @@ class ZeroEngine:
         if boundary and self.stage > 0:
             self.gradient_norm = self._engine.get_global_grad_norm()
             self.skipped = self._optimizer.overflow
+        if counted is not None and weights is not None:
+            (gradients, sizes), (ternary, scales, flips) = counted, weights
+            self.census = Census(gradients, sizes, self._update_sums(), ternary, scales, flips)
+
+    def _update_sums(self) -> Tensor:
+        """Census.updates of this rank; zeros where the update was left out."""
+        device, a = self.world.device, self._adamw
+        if self.skipped:
+            return torch.zeros(len(COMPONENTS), 2, dtype=torch.float64, device=device)
+        groups = self._optimizer.param_groups
+        rates = {(g["component"], g["decays"]): (g["lr"], g["weight_decay"]) for g in groups}
+        of = {name: rates[component_of(name), len(shape) > 1] for name, shape in self.parameter_shapes().items()}
+        return update_sums(self.fragments(), of, (a.beta1, a.beta2), a.eps, self.adam_step(), device)
+
+    def _gradients(self) -> Iterator[Fragment]:
+        """This rank's part of the gradient that all ranks have reduced, before the clip: where `fragments` lie.
+
+        Between the last backward pass of a step and its update.
+        """
+        for piece in self.fragments():
+            p: Any = self._by_name[piece.name]
+            length = len(piece.tensors["model"])
+            if self.stage == 3:
+                gradient = safe_get_local_grad(p).view(-1)[:length]
+            elif self.stage > 0:
+                gradient = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)
+                if gradient.numel() != length:  # of the whole parameter
+                    gradient = gradient[piece.start : piece.start + length]
+            else:
+                gradient = p.grad.view(-1)[piece.start : piece.start + length]
+            yield Fragment(piece.name, piece.start, {"gradient": gradient})
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns of weights and moments; together the ranks own every number once. No collective.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,8 +14,11 @@ from bitmar.batch import IGNORE, Batch
 from bitmar.engine.world import World
 from bitmar.model.bitmar import Outputs
 from bitmar.model.memory import MemoryState
+from bitmar.observability.features import nearest_is_own
 from bitmar.observability.stats import Statistics
 from shards.loader import Rows, ValidationSet
+
+POOL = 256  # captions of Validation/Retrieval_R1
 
 Forward = Callable[[Batch, MemoryState], Outputs]
 
@@ -26,21 +30,35 @@ class Score:
     nats: Float[Tensor, ""]
     tokens: Int[Tensor, ""]
     correct: Int[Tensor, ""]
+    latents: tuple[Tensor, ...] = ()  # text and vision [N Z], image ids and whether it counts [N], where asked for
+
+
+def shuffled_memory(memory: MemoryState) -> MemoryState:
+    """Each written key with the value of the next one."""
+    at = memory.written.nonzero()[:, 0]
+    return dataclasses.replace(memory, values=memory.values.index_copy(0, at, memory.values[at.roll(1)]))
 
 
 @torch.no_grad()
-def score(forward: Forward, rows: Iterable[Rows], memory: MemoryState, world: World) -> Score:
-    """Token loss and accuracy over `rows`; `forward` must be in eval mode."""
+def score(
+    forward: Forward, rows: Iterable[Rows], memory: MemoryState, world: World, pool_every: int | None = None
+) -> Score:
+    """Token loss and accuracy over `rows`; `forward` must be in eval mode. `pool_every`: keep the latents of one caption
+    in so many."""
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens = torch.zeros((), dtype=torch.int64, device=world.device)
     correct = torch.zeros_like(tokens)
+    kept: list[tuple[Tensor, ...]] = []
     for part in rows:
         batch = Batch.from_rows(part, world.device)
         outputs = forward(batch, memory)
         nats += outputs.token_losses.sum(dtype=torch.float64)
         tokens += (batch.targets != IGNORE).sum()
         correct += outputs.hits.sum()
-    return Score(nats, tokens, correct)
+        if pool_every is not None:
+            counted = batch.pair_mask & (batch.rows % pool_every == 0)
+            kept.append((outputs.text_latent.float(), outputs.vision_latent.float(), batch.image_ids, counted))
+    return Score(nats, tokens, correct, tuple(torch.cat(column) for column in zip(*kept, strict=True)))
 
 
 def validate(
@@ -53,7 +71,8 @@ def validate(
 ) -> None:
     """Fill the Validation/ metrics. The memory is read and stays as it is."""
     if captions is not None:
-        right = score(forward, captions.batches("right"), memory, world)
+        pool_every = -(-captions.rows // POOL)
+        right = score(forward, captions.batches("right"), memory, world, pool_every)
         statistics.add("Validation/Loss", right.nats, right.tokens)
         statistics.add("Validation/Perplexity", right.nats, right.tokens)
         statistics.add("Validation/Token_Accuracy", right.correct, right.tokens)
@@ -63,6 +82,12 @@ def validate(
         empty = MemoryState.empty(*memory.keys.shape, device=world.device)
         without = score(forward, captions.batches("right"), empty, world)
         statistics.add("Validation/Loss_Memory_Off", without.nats, without.tokens)
+        statistics.add("Validation/Memory_Gain", without.nats - right.nats, right.tokens)
+        mixed = score(forward, captions.batches("right"), shuffled_memory(memory), world)
+        statistics.add("Validation/Loss_Shuffled_Memory", mixed.nats, mixed.tokens)
+        statistics.add("Validation/Memory_Gain_Shuffled", mixed.nats - right.nats, right.tokens)
+        pool = [world.gather(part).flatten(0, 1) for part in right.latents]
+        statistics.same("Validation/Retrieval_R1", nearest_is_own(*pool))
     if text is not None:
         held_out = score(forward, text.batches("right"), memory, world)
         statistics.add("Validation/Loss_Text", held_out.nats, held_out.tokens)

@@ -85,6 +85,35 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     return turned.to(x.dtype)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """What an attention layer did in a forward pass that was asked to show it; without packed captions."""
+
+    weights: Float[Tensor, "B H T S"]  # fp32, detached
+    gates: Float[Tensor, "B H"]  # 1, multiplied on each head's output: the loss's gradient by them is of the heads
+
+
+def shown_attention(
+    query: Float[Tensor, "B H T E"],
+    key: Float[Tensor, "B H S E"],
+    value: Float[Tensor, "B H S E"],
+    allowed: Bool[Tensor, "#B 1 T S"] | None,
+    shown: list[Heads],
+) -> Float[Tensor, "B H T E"]:
+    """Scaled dot-product attention in plain operations, whose weights and gates are appended to `shown`."""
+    scores = query.float() @ key.float().mT / query.shape[-1] ** 0.5
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    weights = scores.softmax(-1)
+    gates = head_gates(query)
+    shown.append(Heads(weights.detach(), gates))
+    return weights.to(value.dtype) @ value * gates[..., None, None]
+
+
+def head_gates(x: Float[Tensor, "B H *D"]) -> Float[Tensor, "B H"]:
+    return torch.ones(x.shape[:2], dtype=x.dtype, device=x.device, requires_grad=torch.is_grad_enabled())
+
+
 def _split_heads(x: Float[Tensor, "B S D"], heads: int) -> Float[Tensor, "B H S E"]:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -99,8 +128,11 @@ class SelfAttention(nn.Module):
         self.sub_norm = RMSNorm(width)
         self.output = BitLinear(width, width, quantized)
 
-    def forward(self, x: Float[Tensor, "B T D"], positions: Positions | None) -> Float[Tensor, "B T D"]:
+    def forward(
+        self, x: Float[Tensor, "B T D"], positions: Positions | None, shown: list[Heads] | None = None
+    ) -> Float[Tensor, "B T D"]:
         if positions is not None and positions.packing is not None:
+            assert shown is None, "heads are shown of unpacked rows"
             return self.output(self.sub_norm(self._within_captions(self.qkv(x), positions, positions.packing)))
         parts = _split_heads(self.qkv(x), 3 * self.heads)
         mask, (query_key, value) = None, parts.split((2 * self.heads, self.heads), dim=1)
@@ -108,7 +140,12 @@ class SelfAttention(nn.Module):
             query_key, mask = rotate(query_key, positions), positions.mask
         query, key = query_key.chunk(2, dim=1)
         causal = positions is not None and mask is None
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        if shown is None:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        else:
+            if causal:
+                mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, None]
+            mixed = shown_attention(query, key, value, mask, shown)
         return self.output(self.sub_norm(mixed.transpose(1, 2).flatten(2)))
 
     def _within_captions(
@@ -136,13 +173,21 @@ class CrossAttention(nn.Module):
         self.output = BitLinear(width, width, quantized)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], source: Float[Tensor, "N S D"], packing: Packing | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        source: Float[Tensor, "N S D"],
+        packing: Packing | None = None,
+        shown: list[Heads] | None = None,
     ) -> Float[Tensor, "B T D"]:
         if packing is not None:
+            assert shown is None, "heads are shown of unpacked rows"
             return self.output(self.sub_norm(self._within_captions(self.query(x), self.key_value(source), packing)))
         query = _split_heads(self.query(x), self.heads)
         key, value = (_split_heads(part, self.heads) for part in self.key_value(source).chunk(2, dim=-1))
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        if shown is None:
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        else:
+            mixed = shown_attention(query, key, value, None, shown)
         return self.output(self.sub_norm(mixed.transpose(1, 2).flatten(2)))
 
     def _within_captions(

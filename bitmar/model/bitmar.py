@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from bitmar.batch import Batch
 from bitmar.config import COMPONENTS, ModelConfig
-from bitmar.model.attention import text_positions
+from bitmar.model.attention import Heads, text_positions
 from bitmar.model.blocks import Block, Dropout
 from bitmar.model.fusion import Fusion
 from bitmar.model.memory import EpisodeWriter, MemoryReader, MemoryState, RecallInput
+from bitmar.model.quantize import BitLinear
 from bitmar.model.text import TextDecoder, TextEncoder, TokenEmbedding, pooled
 from bitmar.model.vision import VisionEncoder
+
+HEAD_KINDS = ("encoder", "decoder", "cross_modal", "memory")  # of attention
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Outputs:
     read_mass: Float[Tensor, "K"]  # fp64
     memory_gate: Float[Tensor, "1"]  # what the memory's value is multiplied by, detached
     recalled: Float[Tensor, "N 2 C"] | None  # by the image alone, by the text alone
+    entropy: Float[Tensor, ""]  # of the predictions, summed over the positions with a target; 0 where not asked for
+    heads: dict[str, list[Heads]]  # layer by layer of each kind of attention, where asked for
 
     def side_sum(self) -> Float[Tensor, ""]:
         """A sum that depends on every parameter that a phase's losses may leave out."""
@@ -76,17 +81,28 @@ class BitMar(nn.Module):
                 for branch in (block.attention.output, block.feed_forward.down):
                     branch.weight.data.mul_(1 / math.sqrt(2 * len(stack)))
 
-    def forward(self, batch: Batch, memory: MemoryState, recall: bool = False, logits: bool = False) -> Outputs:
+    def forward(
+        self,
+        batch: Batch,
+        memory: MemoryState,
+        recall: bool = False,
+        logits: bool = False,
+        entropy: bool = False,
+        heads: bool = False,
+    ) -> Outputs:
         """Run every module on every batch (rows without an image are masked), so that ranks keep step.
 
         `memory` is read and never changed; `recall` also writes the captions' episodes to copies of it and reads
-        them back from one modality alone. `logits` keeps those of all positions, which the losses do without.
+        them back from one modality alone. `logits` keeps those of all positions, which the losses do without. `entropy`
+        takes that of the predictions; `heads` shows what each head does, in plain operations instead of fused ones.
         """
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=bf16):
-            return self._forward(batch, memory, recall, logits)
+            return self._forward(batch, memory, recall, logits, entropy, heads)
 
-    def _forward(self, batch: Batch, memory: MemoryState, recall: bool, logits: bool) -> Outputs:
+    def _forward(
+        self, batch: Batch, memory: MemoryState, recall: bool, logits: bool, entropy: bool, heads: bool
+    ) -> Outputs:
         config, recompute = self.config, self.activation_checkpointing and self.training
         dropout = Dropout(config.dropout, self.seed, batch.rows) if self.training and config.dropout > 0 else None
         head_width, packing = config.width // config.heads, batch.packing
@@ -94,23 +110,26 @@ class BitMar(nn.Module):
             batch.positions, batch.segments, batch.packed, head_width, config.rotary_base, packing
         )
         mask = batch.token_mask
-        hidden, text_latent = self.encoder(self.embedding(batch.tokens), positions, mask, dropout, recompute)
+        shown: dict[str, list[Heads]] = {kind: [] for kind in HEAD_KINDS} if heads else {}
+        of = shown.get
+        embedded = self.embedding(batch.tokens)
+        hidden, text_latent = self.encoder(embedded, positions, mask, dropout, recompute, of("encoder"))
         text_cue = pooled(hidden, mask, packing)
         tokens, vision_latent = self.vision(batch.vision, batch.has_vision, recompute)
-        hidden, log_temperature = self.fusion(hidden, tokens, batch.has_vision, packing)
+        hidden, log_temperature = self.fusion(hidden, tokens, batch.has_vision, packing, of("cross_modal"))
         keys, episodes = self.memory["writer"](text_latent, vision_latent)
         recall_input = None
         if recall:
             cues = (tokens.mean(1), text_cue)
             groups = batch.groups(config.recall_group)
             recall_input = RecallInput(keys, episodes, batch.image_ids, batch.pair_mask, *cues, groups)
-        reading = self.memory["reader"](hidden, memory, batch.image_ids, mask, recall_input, packing)
+        reading = self.memory["reader"](hidden, memory, batch.image_ids, mask, recall_input, packing, of("memory"))
         hidden, read_mass, memory_gate, recalled = reading
-        hidden = self.decoder(hidden, positions, dropout, recompute)
+        hidden = self.decoder(hidden, positions, dropout, recompute, of("decoder"))
         asked, targets = hidden.flatten(0, 1), batch.targets.flatten()
         if batch.trained is not None:  # padding needs no logits
             asked, targets = asked.index_select(0, batch.trained), targets[batch.trained]
-        loss, each, hits = self.embedding(asked, targets)
+        loss, each, hits, entropies = self.embedding(asked, targets, entropy)
         if batch.trained is not None:
             each, hits = (x.new_zeros(batch.targets.numel()).index_copy(0, batch.trained, x) for x in (each, hits))
         return Outputs(
@@ -126,6 +145,8 @@ class BitMar(nn.Module):
             read_mass,
             memory_gate,
             recalled,
+            entropies,
+            shown,
         )
 
 
@@ -140,6 +161,27 @@ def component_parameters(model: BitMar) -> dict[str, list[tuple[str, nn.Paramete
 def parameter_counts(model: BitMar) -> dict[str, int]:
     """Parameters by component; under ZeRO-3 call before the engine takes them apart."""
     return {name: _count(p for _, p in group) for name, group in component_parameters(model).items()}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model. Packed: ternary weights in 2 bits with an fp32 scale a matrix, all others in bf16."""
+
+    full: int  # all in fp32
+    packed: int
+    ternary_full: int
+    ternary_packed: int
+
+
+def parameter_sizes(model: BitMar) -> Sizes:
+    """Under ZeRO-3 call before the engine takes the parameters apart."""
+    ternary = matrices = 0
+    for module in model.modules():
+        if isinstance(module, BitLinear) and module.quantized:
+            ternary, matrices = ternary + module.weight.numel(), matrices + len(module.sections)
+    total = _count(model.parameters())
+    packed = ternary // 4 + 4 * matrices
+    return Sizes(4 * total, packed + 2 * (total - ternary), 4 * ternary, packed)
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

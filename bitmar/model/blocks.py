@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bitmar.model.attention import Positions, SelfAttention
+from bitmar.model.attention import Heads, Positions, SelfAttention
 from bitmar.model.quantize import BitLinear, RMSNorm
 
 
@@ -95,9 +95,13 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(width, hidden, quantized)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], positions: Positions | None, dropout: Dropout | None
+        self,
+        x: Float[Tensor, "B T D"],
+        positions: Positions | None,
+        dropout: Dropout | None,
+        shown: list[Heads] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        mixed = self.attention(self.attention_norm(x), positions)
+        mixed = self.attention(self.attention_norm(x), positions, shown)
         x = x + (dropout(mixed, 2 * self.site) if dropout else mixed)
         fed = self.feed_forward(self.feed_forward_norm(x))
         return x + (dropout(fed, 2 * self.site + 1) if dropout else fed)
@@ -109,11 +113,12 @@ def run_blocks(
     positions: Positions | None,
     dropout: Dropout | None,
     recompute: bool,
+    shown: list[Heads] | None = None,
 ) -> Float[Tensor, "B T D"]:
     """Apply the blocks in turn; `recompute` keeps only their inputs for the backward pass."""
     for block in blocks:
         if recompute and torch.is_grad_enabled():
             x = checkpoint(block, x, positions, dropout, use_reentrant=False)  # type: ignore[assignment]
         else:
-            x = block(x, positions, dropout)
+            x = block(x, positions, dropout, shown)
     return x

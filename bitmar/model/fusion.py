@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitmar.batch import Packing
 from bitmar.config import ModelConfig
-from bitmar.model.attention import CrossAttention
+from bitmar.model.attention import CrossAttention, Heads
 from bitmar.model.quantize import RMSNorm
 
 LOG_100 = 4.6052  # Radford et al. 2021, section 2.5, bound the factor at 100
@@ -33,11 +33,12 @@ class FusionLayer(nn.Module):
         vision: Float[Tensor, "N P D"],
         has_vision: Bool[Tensor, "N"],
         packing: Packing | None,
+        shown: list[Heads] | None = None,
     ) -> Float[Tensor, "B T D"]:
         gate = torch.tanh(self.gate)
         if packing is None:  # every packed caption has an image
             gate = gate * has_vision.to(x.dtype)[:, None, None]
-        return x + gate * self.attention(self.norm(x), vision, packing)
+        return x + gate * self.attention(self.norm(x), vision, packing, shown)
 
 
 class Fusion(nn.Module):
@@ -55,9 +56,10 @@ class Fusion(nn.Module):
         vision: Float[Tensor, "N P D"],
         has_vision: Bool[Tensor, "N"],
         packing: Packing | None = None,
+        shown: list[Heads] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "1"]]:
         """(hidden states, log temperature bounded at ln 100; its gradient passes the bound, or it would stay there)."""
         for layer in self.layers:
-            x = layer(x, vision, has_vision, packing)
+            x = layer(x, vision, has_vision, packing, shown)
         free = self.log_temperature
         return x, free + (free.clamp(max=LOG_100) - free).detach()

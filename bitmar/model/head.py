@@ -26,9 +26,12 @@ class TokenLosses(NamedTuple):
     total: Float[Tensor, ""]  # over all positions
     each: Float[Tensor, "N"]  # 0 where the target is IGNORE
     hits: Bool[Tensor, "N"]  # no logit is larger than the target's; False where it is IGNORE
+    entropy: Float[Tensor, ""]  # of the predictions, summed over the positions with a target; 0 where not asked for
 
 
-def token_losses(hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N"]) -> TokenLosses:
+def token_losses(
+    hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N"], entropy: bool = False
+) -> TokenLosses:
     """Cross-entropy of the logits hidden weight^T. Under autocast its products run in the lower precision.
 
     The gradient, (softmax - target) times hidden or weight, is taken while a block's logits are there. A gradient of
@@ -36,34 +39,39 @@ def token_losses(hidden: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], tar
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return TokenLosses(*_TokenLosses.apply(hidden, weight, targets, dtype))  # type: ignore[misc]
+    return TokenLosses(*_TokenLosses.apply(hidden, weight, targets, dtype, entropy))  # type: ignore[misc]
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         counted = targets != IGNORE
         at = targets.clamp(min=0)[:, None]
         each = hidden.new_empty(len(hidden), dtype=torch.float32)
-        hits = torch.empty_like(counted)
+        hits, entropies = torch.empty_like(counted), hidden.new_zeros((), dtype=torch.float64)
         grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight) if wanted else None
+        table_wanted = ctx.needs_input_grad[1]
+        grad_weight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight) if table_wanted else None
         with torch.autocast(hidden.device.type, enabled=False):
             rows, table = hidden.to(dtype), weight.to(dtype)
             buffer = hidden.new_empty(_block(len(hidden), weight), len(weight), dtype=dtype)
             for block in _blocks(len(hidden), weight):
                 logits = torch.mm(rows[block], table.T, out=buffer[: len(rows[block])]).float()
                 largest, own = logits.amax(1, keepdim=True), logits.gather(1, at[block])
-                share = torch.softmax(logits, 1, out=logits)
-                each[block] = (largest - own - share.amax(1, keepdim=True).log())[:, 0]
+                share = torch.softmax(logits, 1) if entropy else torch.softmax(logits, 1, out=logits)
+                log_total = largest - share.amax(1, keepdim=True).log()
+                each[block] = (log_total - own)[:, 0]
+                if entropy:  # ln Z - sum of p x logit
+                    entropies += ((log_total[:, 0] - torch.linalg.vecdot(share, logits)) * counted[block]).sum()
                 hits[block] = (own == largest)[:, 0]
-                if grad_hidden is not None and grad_weight is not None:
+                if grad_hidden is not None:
                     share.scatter_add_(1, at[block], torch.full_like(own, -1))
                     gradient = share.to(dtype)
                     grad_hidden[block] = gradient @ table
+                if grad_hidden is not None and grad_weight is not None:
                     masked = rows[block] * counted[block, None]
                     if dtype != grad_weight.dtype:
                         product = gradient.T @ masked
@@ -76,13 +84,14 @@ class _TokenLosses(torch.autograd.Function):
                 ctx.save_for_backward(grad_hidden.mul_(counted[:, None]), grad_weight)
         each.masked_fill_(~counted, 0.0)
         hits &= counted
-        ctx.mark_non_differentiable(each, hits)
-        return each.sum(), each, hits
+        entropies = entropies.float()
+        ctx.mark_non_differentiable(each, hits, entropies)
+        return each.sum(), each, hits, entropies
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if grad is None else grad.mul_(grads[0]) for grad in ctx.saved_tensors]
+        return *scaled, None, None, None
 
 
 def _block(positions: int, weight: Tensor) -> int:

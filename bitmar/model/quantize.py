@@ -26,12 +26,16 @@ LEVELS = 127.0  # largest 8-bit activation
 
 def ternary_scale(weight: Float[Tensor, "O I"], sections: tuple[int, ...]) -> Float[Tensor, "O 1"]:
     """gamma of each output row: mean|W| over the row's section (one section is one matrix of the paper)."""
+    means = section_scales(weight, sections)
+    rows = [mean.expand(size, 1) for mean, size in zip(means, sections, strict=True)]
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+
+def section_scales(weight: Float[Tensor, "O I"], sections: tuple[int, ...]) -> list[Float[Tensor, ""]]:
+    """gamma of each section."""
     parts = weight.split(sections)
     sums = [torch.linalg.vector_norm(part, 1, dtype=torch.float32) for part in parts]  # of |W|, without a copy of it
-    means = [
-        (total / part.numel()).clamp(min=EPS).expand(len(part), 1) for total, part in zip(sums, parts, strict=True)
-    ]
-    return torch.cat(means) if len(means) > 1 else means[0]
+    return [(total / part.numel()).clamp(min=EPS) for total, part in zip(sums, parts, strict=True)]
 
 
 def ternary(weight: Float[Tensor, "O I"], scale: Float[Tensor, "O 1"]) -> Float[Tensor, "O I"]:
@@ -93,15 +97,23 @@ class BitLinear(nn.Module):
         super().__init__()
         self.sections = (sections,) if isinstance(sections, int) else tuple(sections)
         self.quantized = quantized
+        self.keeps_scale = False  # whether a forward pass leaves its gammas behind, for what is told of the weights
+        self.scale: Float[Tensor, "S"] | None = None
         self.weight = nn.Parameter(torch.empty(sum(self.sections), inputs))
         nn.init.normal_(self.weight, std=1 / math.sqrt(inputs))
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
         if not self.quantized:
             return F.linear(x, self.weight)
+        if self.keeps_scale:
+            self.scale = self.section_scales()
         flat = x.reshape(-1, x.shape[-1])
         y = _BitLinear.apply(flat, self.weight, self.sections)
         return y.reshape(*x.shape[:-1], -1)  # type: ignore[union-attr]
+
+    def section_scales(self) -> Float[Tensor, "S"]:
+        """gamma of each section of the current weight; under ZeRO-3 gather the weight first."""
+        return torch.stack(section_scales(self.weight.detach(), self.sections))
 
     def ternary_weight(self) -> tuple[Float[Tensor, "O I"], Float[Tensor, "O 1"]]:
         """(w_q, gamma) of the current weight; under ZeRO-3 gather the weight first."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bitmar.batch import Packing
 from bitmar.config import ModelConfig
-from bitmar.model.attention import Positions
+from bitmar.model.attention import Heads, Positions
 from bitmar.model.blocks import Block, Dropout, run_blocks
 from bitmar.model.head import TokenLosses, token_losses
 from bitmar.model.quantize import BitLinear, RMSNorm
@@ -49,14 +49,17 @@ class TokenEmbedding(nn.Module):
         self.output_scale = OUTPUT_GAIN / (TABLE_STD * width)
 
     def forward(
-        self, x: Int[Tensor, "*B"] | Float[Tensor, "*B D"], targets: Int[Tensor, "*B"] | None = None
+        self,
+        x: Int[Tensor, "*B"] | Float[Tensor, "*B D"],
+        targets: Int[Tensor, "*B"] | None = None,
+        entropy: bool = False,
     ) -> Float[Tensor, "*B W"] | TokenLosses:
         """Vectors of tokens; of vectors their logits, or, given `targets`, the losses of those."""
         if not x.is_floating_point():
             return F.embedding(x, self.weight) * (1 / TABLE_STD)
         if targets is None:
             return F.linear(x * self.output_scale, self.weight)
-        return token_losses(x * self.output_scale, self.weight, targets)
+        return token_losses(x * self.output_scale, self.weight, targets, entropy)
 
 
 class TextEncoder(nn.Module):
@@ -78,9 +81,10 @@ class TextEncoder(nn.Module):
         mask: Bool[Tensor, "B T"],
         dropout: Dropout | None,
         recompute: bool,
+        shown: list[Heads] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "N Z"]]:
         """(hidden states, text_latent: the pooled caption or row)."""
-        hidden = run_blocks(self.blocks, x, positions, dropout, recompute)
+        hidden = run_blocks(self.blocks, x, positions, dropout, recompute, shown)
         return hidden, self.latent(pooled(self.latent_norm(hidden), mask, positions.packing))
 
 
@@ -100,6 +104,11 @@ class TextDecoder(nn.Module):
         self.norm = RMSNorm(config.width)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], positions: Positions, dropout: Dropout | None, recompute: bool
+        self,
+        x: Float[Tensor, "B T D"],
+        positions: Positions,
+        dropout: Dropout | None,
+        recompute: bool,
+        shown: list[Heads] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        return self.norm(run_blocks(self.blocks, x, positions, dropout, recompute))
+        return self.norm(run_blocks(self.blocks, x, positions, dropout, recompute, shown))

@@ -5,29 +5,64 @@ Every rank holds the same layout whatever it saw, so that `reduce` can join rank
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Collection, Iterable, Sequence
 
-import psutil
+import numpy as np
 import torch
 from torch import Tensor
 
-from bitmar.observability.schema import SCHEMA, Metric, Reduction
+from bitmar.observability.schema import Layout, Metric, Reduction, schema_of
 
-_SUMMED = (Reduction.SUM, Reduction.MEAN, Reduction.EXP_MEAN)
+_SUMMED = (
+    *(Reduction.SUM, Reduction.MEAN, Reduction.EXP_MEAN),
+    *(Reduction.STD, Reduction.ROOT_SUM, Reduction.ROOT_MEAN),
+)
 _PEAKS = (Reduction.MAX, Reduction.MIN)
 
 
-class Statistics:
-    """Running sums, extremes and last values of a schema's metrics, float64, one slot a metric.
+class Slots:
+    """Running numbers, float64: those that are tensors on the device, those that the host knows beside them."""
 
-    `summed` [S], `peaks` [E] and `same` [Q] are the metrics by kind; the tensors beside them follow their
-    order. A value is never read back to the host here. NaN and infinities are kept: a run that diverges
-    shows it.
+    def __init__(self, length: int, device: torch.device) -> None:
+        self._device = torch.zeros(length, dtype=torch.float64, device=device)
+        self._host = np.zeros(length)
+
+    def add(self, at: slice, value: Tensor | float) -> None:
+        if isinstance(value, Tensor):
+            self._device[at].add_(value.detach().reshape(-1))
+        else:
+            self._host[at] += value
+
+    def add_at(self, index: Tensor, values: Tensor) -> None:
+        """Add a tensor of numbers to as many slots, in one operation."""
+        self._device.index_add_(0, index, values.detach().to(torch.float64))
+
+    def put(self, at: slice, value: Tensor | float) -> None:
+        self._host[at] = 0.0
+        if isinstance(value, Tensor):
+            self._device[at].copy_(value.detach().reshape(-1))
+        else:
+            self._device[at].fill_(value)
+
+    def total(self) -> Tensor:
+        return self._device + torch.from_numpy(self._host).to(self._device.device)
+
+    def reset(self) -> None:
+        self._device.zero_()
+        self._host.fill(0.0)
+
+
+class Statistics:
+    """Running sums, extremes and last values of a schema's metrics; an array takes a slot an element.
+
+    `summed`, `peaks` and `sames` are the metrics by kind; the slots beside them follow their order. A value is never
+    read back to the host here. NaN and infinities are kept: a run that diverges shows it.
     """
 
-    def __init__(self, schema: Iterable[Metric] = SCHEMA, device: torch.device | str = "cpu") -> None:
+    def __init__(self, schema: Iterable[Metric] | None = None, device: torch.device | str = "cpu") -> None:
         """Allocate the slots on `device`. Raises ValueError when a name occurs twice."""
-        metrics = tuple(schema)
+        metrics = tuple(schema_of(Layout()) if schema is None else schema)
         self._metrics = {metric.name: metric for metric in metrics}
         if len(self._metrics) != len(metrics):
             names = [metric.name for metric in metrics]
@@ -36,56 +71,81 @@ class Statistics:
         self.summed = tuple(m for m in metrics if m.reduction in _SUMMED)
         self.peaks = tuple(m for m in metrics if m.reduction in _PEAKS)
         self.sames = tuple(m for m in metrics if m.reduction is Reduction.SAME)
-        self._slot = {m.name: i for kind in (self.summed, self.peaks, self.sames) for i, m in enumerate(kind)}
-        self.sums = self._zeros(len(self.summed))
-        self.counts = self._zeros(len(self.summed))
-        self.extremes = self._zeros(len(self.peaks))  # of the value for MAX, of minus the value for MIN
-        self.extreme_counts = self._zeros(len(self.peaks))
-        self.last = self._zeros(len(self.sames))
-        self.last_counts = self._zeros(len(self.sames))
+        self.place: dict[str, slice] = {}  # of a metric's elements among those of its kind
+        self._slot: dict[str, int] = {}  # of a metric among those of its kind
+        sizes = []
+        for kind in (self.summed, self.peaks, self.sames):
+            begin = 0
+            for slot, metric in enumerate(kind):
+                size = math.prod(metric.shape)
+                self.place[metric.name] = slice(begin, begin + size)
+                self._slot[metric.name] = slot
+                begin += size
+            sizes.append(begin)
+        self.sums, self.last = Slots(sizes[0], self.device), Slots(sizes[2], self.device)
+        self.counts, self.last_counts = Slots(len(self.summed), self.device), Slots(len(self.sames), self.device)
+        self.squares = Slots(len(self.summed), self.device)  # of STD alone
+        self.extremes = torch.zeros(sizes[1], dtype=torch.float64, device=self.device)  # of MIN, minus the value
+        self.extreme_counts = Slots(sizes[1], self.device)
+        self._indices: dict[tuple[str, ...], Tensor] = {}
         self.reset()
 
-    def add(self, name: str, value: Tensor | float, count: Tensor | float = 1) -> None:
-        """Add a sum and its count to a SUM, MEAN or EXP_MEAN metric.
+    def __contains__(self, name: str) -> bool:
+        return name in self._metrics
 
-        `value` is a sum (of nats, say) over `count` things (tokens), not a mean; both may be one-element
-        tensors on the statistics' device. Count 0 with sum 0 means "nothing seen" and leaves a mean as it
-        is. A rate that sums over ranks (Throughput/) is added once a log, or it would sum over steps too.
-        Raises KeyError for an unknown name, ValueError for another kind of metric or a tensor of many
-        elements.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a metric: () of a number. Raises KeyError."""
+        return self._metrics[name].shape
+
+    def add(self, name: str, value: Tensor | float, count: Tensor | float = 1, squares: Tensor | float = 0.0) -> None:
+        """Add a sum and its count to a metric that adds up.
+
+        `value` is a sum (of nats, say) over `count` things (tokens), not a mean; `squares`, for STD, the sum of their
+        squares. All may be one-element tensors on the statistics' device; of an array `value` has its shape, and the
+        one count stands for each element. Count 0 with sum 0 means "nothing seen" and leaves a mean as it is. A rate
+        that sums over ranks (Throughput/) is added once a log, or it would sum over steps too. Raises KeyError for an
+        unknown name, ValueError for another kind of metric or a tensor of another size.
         """
         slot = self._find(name, _SUMMED)
-        self.sums[slot].add_(_scalar(name, value))
-        self.counts[slot].add_(_scalar(name, count))
+        self.sums.add(self.place[name], self._fitting(name, value))
+        self.counts.add(slice(slot, slot + 1), _scalar(name, count))
+        if self._metrics[name].reduction is Reduction.STD:
+            self.squares.add(slice(slot, slot + 1), _scalar(name, squares))
 
-    def peak(self, name: str, value: Tensor | float) -> None:
-        """Show a value to a MAX or MIN metric. Raises as `add`."""
+    def add_all(self, names: Sequence[str], values: Tensor, counts: Tensor, squares: Tensor | None = None) -> None:
+        """`add` for many numbers at once: `values`, `counts` and `squares` [n] on the device. Raises as `add`."""
+        key = tuple(names)
+        if key not in self._indices:
+            slots = [self._find(name, _SUMMED) for name in key]
+            places = [self.place[name].start for name in key]
+            self._indices[key] = torch.tensor([places, slots], device=self.device)
+        places, slots = self._indices[key]
+        self.sums.add_at(places, values)
+        self.counts.add_at(slots, counts)
+        if squares is not None:
+            self.squares.add_at(slots, squares)
+
+    def peak(self, name: str, value: Tensor | float, count: Tensor | float = 1) -> None:
+        """Show a value to a MAX or MIN metric; with count 0 an infinite value of nothing. Raises as `add`."""
         slot = self._find(name, _PEAKS)
         extreme = self.extremes[slot]
         shown = torch.as_tensor(_scalar(name, value), dtype=torch.float64, device=self.device)
         if self._metrics[name].reduction is Reduction.MIN:
             shown = -shown
         torch.maximum(extreme, shown, out=extreme)  # hands NaN on
-        self.extreme_counts[slot].add_(1)
+        self.extreme_counts.add(slice(slot, slot + 1), _scalar(name, count))
 
     def same(self, name: str, value: Tensor | float) -> None:
         """Set a SAME metric; the last value set before the log counts. Raises as `add`."""
         slot = self._find(name, (Reduction.SAME,))
-        value = _scalar(name, value)
-        if isinstance(value, Tensor):
-            self.last[slot].copy_(value)
-        else:
-            self.last[slot].fill_(value)
-        self.last_counts[slot].fill_(1)
+        self.last.put(self.place[name], self._fitting(name, value))
+        self.last_counts.put(slice(slot, slot + 1), 1.0)
 
     def reset(self) -> None:
         """Forget everything; to be called after each log."""
-        for tensor in (self.sums, self.counts, self.extreme_counts, self.last, self.last_counts):
-            tensor.zero_()
+        for slots in (self.sums, self.counts, self.squares, self.extreme_counts, self.last, self.last_counts):
+            slots.reset()
         self.extremes.fill_(-torch.inf)
-
-    def _zeros(self, length: int) -> Tensor:
-        return torch.zeros(length, dtype=torch.float64, device=self.device)
 
     def _find(self, name: str, kinds: Collection[Reduction]) -> int:
         if name not in self._metrics:
@@ -93,8 +153,18 @@ class Statistics:
         reduction = self._metrics[name].reduction
         if reduction not in kinds:
             method = "same" if reduction is Reduction.SAME else "peak" if reduction in _PEAKS else "add"
-            raise ValueError(f"{name!r} reduces by {reduction.value}: fill it with {method}()")
+            how = f"fill it with {method}()" if reduction is not Reduction.DERIVED else "nothing fills it"
+            raise ValueError(f"{name!r} reduces by {reduction.value}: {how}")
         return self._slot[name]
+
+    def _fitting(self, name: str, value: Tensor | float) -> Tensor | float:
+        shape = self._metrics[name].shape
+        if not shape:
+            return _scalar(name, value)
+        if not isinstance(value, Tensor) or value.shape != shape:
+            told = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(f"{name!r} takes an array of shape {shape}, got {told}")
+        return value
 
 
 def _scalar(name: str, value: Tensor | float) -> Tensor | float:
@@ -104,25 +174,3 @@ def _scalar(name: str, value: Tensor | float) -> Tensor | float:
     if value.numel() != 1:
         raise ValueError(f"{name!r} takes one number, got a tensor of shape {tuple(value.shape)}")
     return value.detach().reshape(())
-
-
-def process_rss_bytes() -> int:
-    """Resident memory of this process, in bytes."""
-    return psutil.Process().memory_info().rss
-
-
-def gpu_memory_bytes(device: torch.device | str) -> tuple[int, int] | None:
-    """(allocated now, peak of the process) on a CUDA device in bytes; None for any other device."""
-    device = torch.device(device)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-
-
-def record_memory(statistics: Statistics) -> None:
-    """Show this rank's memory to the System/ metrics; the GPU's stay empty where there is none."""
-    statistics.peak("System/Memory_RSS", process_rss_bytes())
-    gpu = gpu_memory_bytes(statistics.device)
-    if gpu is not None:
-        statistics.peak("System/GPU_Memory_Allocated", gpu[0])
-        statistics.peak("System/GPU_Memory_Peak", gpu[1])

@@ -21,6 +21,7 @@ def test_a_batch_knows_which_positions_are_trained() -> None:
         vision=np.zeros((4, 8), dtype=np.float16),
         has_vision=np.ones(4, dtype=bool),
         image_ids=whole,
+        sources=whole,
         words=whole,
         rows=whole,
         valid=np.array([True, True, False, True]),

@@ -57,10 +57,11 @@ bitmar.model.blocks bitmar.model.head
 bitmar.model.text bitmar.model.vision bitmar.model.fusion bitmar.model.memory
 bitmar.model.bitmar bitmar.model.flops
 bitmar.losses
-bitmar.engine.schedule
+bitmar.engine.schedule bitmar.engine.clock
 bitmar.engine.ds_config
 bitmar.engine.fragments
 bitmar.engine.retention
+bitmar.engine.census
 bitmar.engine.zero
 bitmar.engine.step
 bitmar.engine.memory_plan
@@ -68,8 +69,9 @@ bitmar.engine.checkpoint
 bitmar.engine.faults
 bitmar.observability.schema
 bitmar.observability.stats
-bitmar.observability.probes
+bitmar.observability.features bitmar.observability.probes
 bitmar.observability.reduce
+bitmar.observability.derived
 bitmar.observability.records
 bitmar.observability.plots
 bitmar.observability.console

@@ -1,0 +1,141 @@
+"""Arrays on their way to pictures: written to the run's folder by a thread, drawn by a process of its own.
+
+The training thread hands over small arrays and goes on. What lies in the folder is all that the drawing process
+(bitmar/observability/plots.py) gets, so that pictures can be made again at any time:
+
+    plots/data/memory.npys, quantization.npys    records one after the other (`append`), one a log
+    plots/data/latents.npz, cross_modal.npz       the last of their kind
+    attention_analysis/heads_step_STEP.npz        figures of each head at a step
+"""
+
+from __future__ import annotations
+
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+WAIT_S = 120.0  # for the last pictures, when a run ends
+Arrays = dict[str, np.ndarray]
+
+
+def append(path: Path, record: Mapping[str, np.ndarray]) -> None:
+    """Append a record: its names, then each array, in numpy's own format."""
+    with path.open("ab") as file:
+        np.save(file, np.array(list(record), dtype=np.str_), allow_pickle=False)
+        for array in record.values():
+            np.save(file, array, allow_pickle=False)
+
+
+def read_records(path: Path) -> Iterator[Arrays]:
+    """The records of a file in order, without one that a kill has cut short; none where there is no file.
+
+    Where a resumed run has gone back, the records after that step are left out.
+    """
+    records: list[Arrays] = []
+    if path.exists():
+        with path.open("rb") as file:
+            while (record := _next(file)) is not None:
+                while records and int(records[-1]["step"]) >= int(record["step"]):
+                    records.pop()
+                records.append(record)
+    yield from records
+
+
+def _next(file: object) -> Arrays | None:
+    try:
+        names = np.load(file, allow_pickle=False)  # type: ignore[arg-type]
+        return {str(name): np.load(file, allow_pickle=False) for name in names}  # type: ignore[arg-type]
+    except (EOFError, ValueError):
+        return None
+
+
+class Board:
+    """Takes arrays from the training thread of rank 0."""
+
+    def __init__(self, run_dir: Path, decode: Callable[[int], str], matrices: tuple[str, ...]) -> None:
+        self._run_dir, self._decode, self._matrices = run_dir, decode, matrices
+        self._data, self._analysis = run_dir / "plots" / "data", run_dir / "attention_analysis"
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._drawn: queue.SimpleQueue[tuple[int, Path]] = queue.SimpleQueue()
+        self._problems: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="board", daemon=True)
+        self._thread.start()
+
+    def take(self, step: int, arrays: Arrays, memory: Arrays | None) -> None:
+        """What a log tells beside its numbers."""
+        self._work.put(lambda: self._write(step, arrays, memory))
+
+    def take_captions(self, step: int, tokens: np.ndarray, weights: np.ndarray) -> None:
+        """Cross-modal attention of probe captions: tokens int [N, T] (0 is padding), weights [N, T, P]."""
+        self._work.put(lambda: self._write_captions(step, tokens, weights))
+
+    def take_latents(self, step: int, values: Arrays) -> None:
+        """Coordinates of latents in two dimensions, with the sources they are of."""
+        self._work.put(lambda: self._write_last("latents", {"step": np.array(step), **values}))
+
+    def draw(self, step: int) -> None:
+        """Have all pictures made from what has been taken."""
+        self._work.put(lambda: self._draw(step))
+
+    def pictures(self) -> Iterator[tuple[int, Path]]:
+        """(step, file) of the pictures that have become ready since the last call."""
+        while not self._drawn.empty():
+            yield self._drawn.get()
+
+    def problems(self) -> Iterator[str]:
+        """What went wrong since the last call."""
+        while not self._problems.empty():
+            yield self._problems.get()
+
+    def close(self) -> None:
+        """Wait, within bounds, for what was handed over."""
+        self._work.put(None)
+        self._thread.join(WAIT_S)
+
+    def _serve(self) -> None:
+        while (task := self._work.get()) is not None:
+            try:
+                task()
+            except (OSError, subprocess.SubprocessError) as error:
+                self._problems.put(f"pictures: {error}")
+
+    def _write(self, step: int, arrays: Arrays, memory: Arrays | None) -> None:
+        self._data.mkdir(parents=True, exist_ok=True)
+        if memory is not None:
+            append(self._data / "memory.npys", {"step": np.array(step), **memory})
+        names = {name.rpartition("_")[2].lower(): array for name, array in arrays.items() if "/Matrix_" in name}
+        if names:
+            record = {"step": np.array(step), "matrices": np.array(self._matrices), **names}
+            append(self._data / "quantization.npys", record)
+        heads = {name.partition("/Heads_")[2]: array for name, array in arrays.items() if "/Heads_" in name}
+        if heads:
+            self._analysis.mkdir(exist_ok=True)
+            self._replace(self._analysis / f"heads_step_{step}.npz", {"step": np.array(step), **heads})
+
+    def _write_captions(self, step: int, tokens: np.ndarray, weights: np.ndarray) -> None:
+        words = np.array([[self._decode(int(t)) if t else "" for t in row] for row in tokens], dtype=np.str_)
+        self._write_last("cross_modal", {"step": np.array(step), "words": words, "tokens": tokens, "weights": weights})
+
+    def _write_last(self, name: str, values: Arrays) -> None:
+        self._data.mkdir(parents=True, exist_ok=True)
+        self._replace(self._data / f"{name}.npz", values)
+
+    def _replace(self, path: Path, values: Arrays) -> None:
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **values)  # type: ignore[arg-type]
+        temporary.replace(path)
+
+    def _draw(self, step: int) -> None:
+        command = ["nice", "-n", "10", sys.executable, "-m", "bitmar.observability.plots", str(self._run_dir)]
+        root = Path(__file__).resolve().parents[2]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=WAIT_S, check=False)
+        if done.returncode:
+            self._problems.put(f"pictures: {done.stderr.strip().splitlines()[-1:]}")
+        for line in done.stdout.splitlines():
+            self._drawn.put((step, Path(line)))

@@ -1,0 +1,116 @@
+"""What the heads of a probe set do: figures of each head as sums over this rank's samples, for `reduce` to join.
+
+Pure functions over what a forward pass has shown (bitmar.model.attention.Heads). Shapes: B rows, T text positions,
+S keys, K slots, L layers, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bitmar.batch import Batch
+from bitmar.model.attention import Heads
+from bitmar.observability.stats import Statistics
+
+KINDS = {"encoder": "Encoder", "decoder": "Decoder", "cross_modal": "CrossModal", "memory": "Memory"}  # in names
+TOP_SHARE = 10  # concentration: the mass on one key in so many
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one kind of attention, summed over queries ([L H] each) or samples."""
+
+    entropy: Float[Tensor, "L H"]  # nats
+    concentration: Float[Tensor, "L H"]
+    distance: Float[Tensor, "L H"]
+    first: Float[Tensor, "L H"]
+    queries: Float[Tensor, ""]
+    importance: Float[Tensor, "L H"]
+    samples: Float[Tensor, ""]
+
+
+def gates_of(shown: dict[str, list[Heads]]) -> list[Tensor]:
+    """All gates, kind by kind and layer by layer, for torch.autograd.grad."""
+    return [heads.gates for layers in shown.values() for heads in layers]
+
+
+def figures(layers: Sequence[Heads], gradients: Sequence[Float[Tensor, "B H"]], batch: Batch, causal: bool) -> Figures:
+    """Of the layers of one kind. `gradients`: of the summed token losses by the gates.
+
+    A query is a real position of the batch; cross-modal and memory attention count those of rows with an image.
+    Importance: |gradient| of a sample's mean token loss by its gates (Michel et al. 2019, section 4.1, who take the
+    sample's summed loss).
+    """
+    asked = batch.token_mask if causal else batch.token_mask & batch.has_vision[:, None]
+    tokens = asked.sum(1)
+    parts = [_layer(heads.weights, asked, causal) for heads in layers]
+    scale = torch.where(tokens > 0, 1 / tokens.clamp(min=1), 0.0)
+    importance = [(g.detach().abs().double() * scale[:, None]).sum(0) for g in gradients]
+    entropy, concentration, distance, first = (torch.stack(p) for p in zip(*parts, strict=True))
+    return Figures(entropy, concentration, distance, first, asked.sum(), torch.stack(importance), (tokens > 0).sum())
+
+
+def _layer(weights: Float[Tensor, "B H T S"], asked: Bool[Tensor, "B T"], causal: bool) -> tuple[Tensor, ...]:
+    """(entropy, concentration, distance, first-key mass), each [H] summed over the queries that are asked for."""
+    w = weights
+    if not causal:  # memory leaves the rest to the null slot; least squares gives weights of either sign
+        w = torch.cat([weights.abs(), (1 - weights.abs().sum(-1, keepdim=True)).clamp(min=0)], dim=-1)
+        w = w / w.sum(-1, keepdim=True)
+        weights = w[..., :-1]
+    keys = torch.arange(1, w.shape[2] + 1, device=w.device) if causal else torch.full((w.shape[2],), weights.shape[-1])
+    most = (-(-keys.to(w.device) // TOP_SHARE) - 1)[None, None, :, None].expand(*w.shape[:3], 1)
+    concentration = weights.sort(-1, descending=True).values.cumsum(-1).gather(-1, most)[..., 0]
+    places = torch.arange(weights.shape[-1], device=w.device)
+    far = (torch.arange(w.shape[2], device=w.device)[:, None] - places).abs()
+    values = (torch.special.entr(w).sum(-1), concentration, (weights * far).sum(-1), weights[..., 0])
+    return tuple((value.double() * asked[:, None]).sum((0, 2)) for value in values)
+
+
+def fill_heads(
+    statistics: Statistics, shown: dict[str, list[Heads]], gradients: Sequence[Tensor], batch: Batch
+) -> None:
+    """Add the figures of every kind. `gradients`: of `gates_of(shown)`."""
+    rest = list(gradients)
+    for kind, layers in shown.items():
+        mine, rest = rest[: len(layers)], rest[len(layers) :]
+        name, causal = KINDS[kind], kind in ("encoder", "decoder")
+        f = figures(layers, mine, batch, causal)
+        statistics.add(f"Attention/Heads_{name}_Importance", f.importance, f.samples)
+        statistics.add(f"Attention/Heads_{name}_Entropy", f.entropy, f.queries)
+        statistics.add(f"Attention/Heads_{name}_Concentration", f.concentration, f.queries)
+        if causal:
+            statistics.add(f"Attention/Heads_{name}_Distance", f.distance, f.queries)
+            statistics.add(f"Attention/Heads_{name}_First_Token", f.first, f.queries)
+
+
+def fill_memory(
+    statistics: Statistics,
+    weights: Float[Tensor, "B T K"],
+    values: Float[Tensor, "K C"],
+    written: Bool[Tensor, "K"],
+    asked: Bool[Tensor, "B T"],
+) -> None:
+    """Add what the asked positions read: weights, their entropy over the slots, norm of the value."""
+    w, count = weights.double(), asked.sum()
+    share = w.abs() / w.abs().sum(-1, keepdim=True).clamp(min=1e-30)
+    statistics.add("Attention/Memory_Mean", (w * asked[..., None]).sum(), count * written.sum())
+    statistics.add("Memory/Read_Entropy", (torch.special.entr(share).sum(-1) * asked).sum(), count)
+    statistics.add("Memory/Read_Norm", ((w @ values.double()).norm(dim=-1) * asked).sum(), count)
+
+
+def rounding_sums(x: Float[Tensor, "*B I"], asked: Int[Tensor, "*B"] | Bool[Tensor, "*B"]) -> Float[Tensor, "4"]:
+    """(numbers that round to 0, numbers, squared rounding error, squared numbers) of a quantised layer's input.
+
+    x_q = round(127 x / max|x|), one step a token (bitmar/model/quantize.py).
+    """
+    chosen = x.detach()[asked].float()
+    step = chosen.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127
+    rounded = (chosen / step).round()
+    error = (chosen - rounded * step).square().sum(dtype=torch.float64)
+    zeros = (rounded == 0).sum(dtype=torch.float64)
+    return torch.stack([zeros, zeros.new_tensor(chosen.numel()), error, chosen.square().sum(dtype=torch.float64)])

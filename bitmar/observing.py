@@ -1,0 +1,402 @@
+"""What a run tells of itself: statistics of its steps, passes of its probe set, and the log of both.
+
+Every rank fills the same metrics at the same steps, whatever its batch holds; one reduction a log joins them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitmar.assembly import Run, Window
+from bitmar.batch import IGNORE, Batch
+from bitmar.config import COMPONENTS
+from bitmar.engine.census import Census
+from bitmar.engine.step import Latents, StepResult
+from bitmar.model.flops import Work, training_flops
+from bitmar.model.memory import MemoryState
+from bitmar.model.quantize import BitLinear
+from bitmar.observability.derived import derive
+from bitmar.observability.features import (
+    effective_rank,
+    principal_plane,
+    reconstruction,
+    similarity,
+    source_consistency,
+)
+from bitmar.observability.probes import fill_heads, fill_memory, gates_of, rounding_sums
+from bitmar.observability.reduce import reduce
+from bitmar.observability.schema import LATENTS, LOSS_NAMES, PARTS, TERNARY, title
+from bitmar.observability.stats import Statistics
+from shards.rows import Rows
+
+SHOWN_CAPTIONS = 4  # of the probe set, in the picture of cross-modal attention
+
+
+def is_observed(run: Run) -> bool:
+    """Whether the step that comes next is to be looked at closely: a log follows it."""
+    step = run.progress.step + 1
+    return is_log_due(run, step) or step % run.config.checkpoint.every_steps == 0
+
+
+def is_log_due(run: Run, step: int) -> bool:
+    """After `step`, whatever else asks for one."""
+    config = run.config.wandb
+    intervals = [config.log_every_n_steps]
+    intervals += [config.attention_log_interval] if config.log_attention else []
+    intervals += [config.pca_log_interval] if config.log_features else []
+    return step == run.last_step or any(step % interval == 0 for interval in intervals)
+
+
+def observe(run: Run, rows: list[Rows], result: StepResult) -> None:
+    """Add a step to the statistics; nothing is read back from the device. Losses of an update that was left out would
+    make the means of the others NaN."""
+    s = run.statistics
+    if not result.skipped:
+        fill_losses(s, result, run.config.training.gradient_clip, run.world.size)
+        if result.census is not None:
+            fill_latents(s, result.latents)
+    if result.census is not None:
+        fill_census(s, result.census, run.config.wandb.log_gradients, run.config.wandb.log_quantization, result.skipped)
+    s.add("Data/Wait_Seconds", run.loader.wait_seconds)
+    count_rows(run, rows)
+    if result.writes.slots:
+        run.window.written = result.writes.slots
+
+
+def fill_losses(s: Statistics, result: StepResult, clip: float, ranks: int) -> None:
+    """What a step's losses and writes were."""
+    s.add("Training/Loss", result.objective, 1 / ranks)
+    for name, total in result.sums.items():
+        s.add(f"Training/Loss_{LOSS_NAMES[name]}", total, result.counts[name])
+        s.add(f"Training/Loss_Share_{LOSS_NAMES[name]}", result.parts[name], result.objective)
+    tokens = result.counts["lm"]
+    s.add("Training/Perplexity", result.sums["lm"], tokens)
+    s.add("Training/Token_Accuracy", result.hits, tokens)
+    norm = torch.as_tensor(result.gradient_norm)
+    s.add("Gradients/Total_Norm", norm)
+    s.add("Gradients/Clipped_Fraction", norm > clip)
+    s.add("Memory/Writes", len(result.writes.slots))
+    s.add("Memory/Blends", result.writes.blends)
+    s.add("Memory/Evictions", result.writes.evictions)
+    s.add("Memory/Gate_Mean", result.memory_gate)
+    if result.census is not None:
+        s.add("Training/Prediction_Entropy", result.entropy, tokens)
+        if "recall" in result.sums:
+            for place, cue in enumerate(("Image", "Text")):
+                s.add(f"Memory/Recall_Cosine_{cue}", result.recall_cosines[place], result.counts["recall"])
+
+
+def fill_latents(s: Statistics, latents: Sequence[Latents]) -> None:
+    """Numbers of the latents of the rows that count; of vision and episode, those with an image."""
+    for part in latents:
+        values = (part.text, part.rows), (part.vision, part.pairs), (part.episode, part.pairs)
+        for name, (x, counted) in zip(LATENTS, values, strict=True):
+            chosen = x.double() * counted[:, None]
+            numbers, rows = counted.sum() * x.shape[1], counted.sum()
+            squares = chosen.square()
+            s.add(f"Features/{name}_Mean", chosen.sum(), numbers)
+            s.add(f"Features/{name}_Std", chosen.sum(), numbers, squares.sum())
+            s.add(f"Features/{name}_Norm", squares.sum(1).sqrt().sum(), rows)
+            hidden = ~counted[:, None]
+            s.peak(f"Features/{name}_Min", x.double().masked_fill(hidden, torch.inf).amin(), rows)
+            s.peak(f"Features/{name}_Max", x.double().masked_fill(hidden, -torch.inf).amax(), rows)
+
+
+def fill_census(s: Statistics, census: Census, gradients: bool, quantization: bool, skipped: bool) -> None:
+    """Gradients, updates and ternary weights by component; of a step that was left out only what it says of that."""
+    total, sizes = census.gradients.sum(0), census.sizes
+    s.add("Gradients/NonFinite_Count", total[3])
+    if gradients and not skipped:
+        names = [title(name) for name in COMPONENTS]
+        g, none = census.gradients, torch.zeros_like(sizes)
+        s.add_all([f"Gradients/{name}_Norm" for name in names], g[:, 1], none + 1)
+        s.add_all([f"Gradients/{name}_Mean" for name in names], g[:, 0], sizes)
+        s.add_all([f"Gradients/{name}_Std" for name in names], g[:, 0], sizes, g[:, 1])
+        s.add("Gradients/Total_Mean", total[0], sizes.sum())
+        s.add("Gradients/Total_Std", total[0], sizes.sum(), total[1])
+        s.peak("Gradients/Total_Max", g[:, 2].amax())
+        for row, name in enumerate(names):
+            s.peak(f"Gradients/{name}_Max", g[row, 2])
+        updates = census.updates
+        s.add_all([f"Gradients/{name}_Update_To_Weight" for name in names], updates[:, 0], updates[:, 1])
+        s.add("Gradients/Update_To_Weight", *updates.sum(0))
+    if quantization and len(census.scales):
+        s.add("Quantization/Matrix_Size", census.ternary[:, 0])
+        s.add("Quantization/Matrix_Zeros", census.ternary[:, 1])
+        s.add("Quantization/Matrix_Plus", census.ternary[:, 2])
+        s.same("Quantization/Matrix_Scale", census.scales)
+        rows = [COMPONENTS.index(name) for name in TERNARY]
+        flips = census.flips[rows]
+        s.add_all([f"Quantization/Flips_{title(name)}" for name in TERNARY], flips[:, 0], flips[:, 1])
+
+
+def count_rows(run: Run, rows: list[Rows]) -> None:
+    """What the step's rows held."""
+    s, w = run.statistics, run.window
+    tokens = sum(int((part.targets != IGNORE).sum()) for part in rows)
+    slots = sum(part.targets.size for part in rows)
+    s.add("Data/Padding_Efficiency", tokens, slots)
+    w.steps += 1
+    w.tokens += tokens
+    w.padded_tokens += slots
+    for part in rows:
+        w.samples += part.samples
+        w.words += int(part.words.sum())
+        w.work += work_of(part)
+        counted = part.has_vision if part.has_vision.any() else np.repeat(part.valid, part.slots)
+        w.sources += np.bincount(part.sources[counted], minlength=len(w.sources))
+
+
+def work_of(rows: Rows) -> Work:
+    """The real tokens, query-key pairs and images of rows."""
+    inside = (rows.segments > 0) & rows.valid[:, None]
+    attended = float((rows.positions[inside] + 1).sum(dtype=np.float64))
+    return Work(float(inside.sum()), attended, float(rows.has_vision.sum()))
+
+
+def fill_progress(run: Run) -> None:
+    """Where the run stands, the same on every rank."""
+    s, config = run.statistics, run.config
+    assert run.window.last is not None, "there was a step since the last log"
+    state, rates = run.window.last
+    phase = config.phases[state.phase]
+    progress = (state.position + 1) / run.lengths[state.phase]
+    s.same("Training/Learning_Rate", rates.learning_rate)
+    s.same("Training/Weight_Decay", rates.weight_decay)
+    s.same("Training/Epoch", progress * (phase.epochs or 1.0))
+    s.same("Training/Step", run.progress.step)
+    s.same("Training/Words", run.progress.words)
+    s.same("Training/Phase", state.phase)
+    s.same("Training/Skipped_Updates", run.progress.skipped)
+    s.same("Training/Batch_Size", config.training.global_batch)
+    s.same("Data/Damaged_Samples", len(run.damaged))
+    s.same("Data/Epoch_Progress", progress)
+
+
+def fill_throughput(run: Run) -> None:
+    """This rank's rates and where its time went."""
+    s, w, rank = run.statistics, run.window, run.world.rank
+    seconds = run.clock.read()
+    if not w.steps:  # all were left out
+        return
+    s.add("Throughput/Samples_Per_Second", w.samples / w.seconds)
+    s.add("Throughput/Words_Per_Second", w.words / w.seconds)
+    s.add("Throughput/Tokens_Per_Second", w.tokens / w.seconds)
+    s.add("Throughput/Padded_Tokens_Per_Second", w.padded_tokens / w.seconds)
+    s.add("Throughput/Step_Seconds", w.seconds, w.steps)
+    for part in PARTS:
+        s.add(f"Throughput/{part}_Seconds", seconds.get(part, 0.0), w.steps)
+    s.add("Throughput/TFLOPs", training_flops(run.config.model, w.work).total / w.seconds / 1e12)
+    own = torch.zeros(run.world.size, dtype=torch.float64)
+    own[rank] = (seconds.get("Data", 0.0) + seconds.get("Forward", 0.0)) / w.steps
+    s.add("Throughput/Rank_Seconds", own.to(s.device))
+    for name, count in zip(run.layout.sources, w.sources.tolist(), strict=True):
+        s.add(f"Data/Source_Share_{name}", count, float(w.sources.sum()))
+
+
+def fill_memory_state(s: Statistics, memory: MemoryState, written_last: Sequence[int]) -> None:
+    """What the memory's state tells, the same on every rank."""
+    written, usage = memory.written, memory.usage
+    s.same("Memory/Active_Slots_Percentage", 100 * written.double().mean())
+    s.same("Memory/Age_Mean", (memory.age * written).sum() / written.sum().clamp(min=1))
+    s.same("Memory/Age_Max", (memory.age * written).amax())
+    share = usage / usage.sum().clamp(min=1e-30)
+    s.same("Memory/Usage_Mean", usage.mean())
+    s.same("Memory/Usage_Entropy", torch.special.entr(share).sum())
+    s.same("Memory/Top_5_Slot_Access", share.topk(min(5, len(share))).values.sum())
+    unit = torch.nn.functional.normalize(memory.values.double(), dim=-1) * written[:, None]
+    count = written.sum().double()
+    pairs = (count * (count - 1)).clamp(min=1)
+    s.same("Memory/Analysis_Avg_Similarity", (unit.sum(0).square().sum() - unit.square().sum()) / pairs)
+    if written_last:
+        s.same("Memory/Write_Norm", memory.values[list(written_last)].double().norm(dim=-1).mean())
+
+
+def log(run: Run) -> None:
+    """Reduce the statistics since the last log over all ranks and hand them to the sinks."""
+    s, w, config = run.statistics, run.window, run.config.wandb
+    words, samples = run.counted.tolist()
+    run.counted.zero_()
+    run.progress = dataclasses.replace(
+        run.progress, words=run.progress.words + words, samples=run.progress.samples + samples
+    )
+    if run.world.device.type == "cuda":
+        started = time.perf_counter()
+        torch.cuda.synchronize()
+        w.seconds += time.perf_counter() - started
+    gather_damage(run)
+    fill_progress(run)
+    fill_throughput(run)
+    if config.log_memory:
+        fill_memory_state(s, run.memory, w.written)
+    run.system.fill(s)
+    reduced = reduce(s, run.world)
+    s.reset()
+    run.progress = dataclasses.replace(run.progress, seconds=run.progress.seconds + w.seconds)
+    run.window = Window(sources=np.zeros_like(w.sources))
+    if run.world.is_first:
+        numbers = derive(reduced, run.layout, run.peak_tflops)
+        run.sinks.log(run.progress.step, numbers | run.history.add(numbers))
+        if run.board is not None:
+            kept = ("usage", "age", "written", "image_ids")
+            memory = {name: run.memory.tensors()[name].cpu().numpy().copy() for name in kept}
+            run.board.take(run.progress.step, reduced.arrays, memory if config.log_memory else None)
+    run.clock.mark("Logging")
+
+
+def gather_damage(run: Run) -> None:
+    """Bring together what damaged samples the ranks have met, and list the new ones."""
+    new = set(run.loader.damaged) - run.damaged
+    if not run.world.any(bool(new)):
+        return
+    union = set[tuple[str, str]]().union(*run.world.gather_objects(new))
+    for shard, key in sorted(union - run.damaged):
+        run.sinks.event("damaged_sample", shard=shard, key=key)
+    run.damaged |= union
+
+
+def probe(run: Run) -> None:
+    """Pass the probe set through the model where its cadence asks for it, just before the log that tells of it."""
+    step, config = run.progress.step, run.config.wandb
+    if config.log_attention and step % config.attention_log_interval == 0:
+        for batch in run.probes.heads:
+            pass_heads(run, batch)
+    if config.log_features and step % config.pca_log_interval == 0 and run.probes.latents:
+        gather_latents(run)
+
+
+def pass_heads(run: Run, batch: Batch) -> None:
+    """What the heads, the memory and the rounded activations of the probe set do; the gates' gradients alone are taken,
+    by torch.autograd.grad: a backward pass would reach the engine's own gradients."""
+    s, written = run.statistics, run.memory.written
+    with run.engine.frozen(), RoundingWatch(run, batch):
+        outputs = run.engine.forward(batch, run.memory, heads=True)
+        gradients = torch.autograd.grad(outputs.loss, gates_of(outputs.heads))
+    fill_heads(s, outputs.heads, gradients, batch)
+    read = outputs.heads["memory"][0].weights[:, 0]
+    fill_memory(s, read, run.memory.values, written, batch.token_mask & batch.has_vision[:, None])
+    if run.board is not None and run.config.wandb.log_attention_maps:
+        seen = outputs.heads["cross_modal"][-1].weights.mean(1)[:SHOWN_CAPTIONS]
+        tokens = batch.tokens[:SHOWN_CAPTIONS] * batch.token_mask[:SHOWN_CAPTIONS]
+        run.board.take_captions(run.progress.step, tokens.cpu().numpy(), seen.float().cpu().numpy())
+
+
+class RoundingWatch:
+    """While it is open, the inputs of rounded layers add to Quantization/Activation_*."""
+
+    def __init__(self, run: Run, batch: Batch) -> None:
+        self._run, self._batch = run, batch
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        if not self._run.config.wandb.log_quantization:
+            return
+        for name, module in self._run.engine.module.named_modules():
+            if isinstance(module, BitLinear) and module.quantized:
+                self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        component = title(name.split(".")[0])
+        zero, error = f"Quantization/Activation_Zero_{component}", f"Quantization/Activation_Error_{component}"
+
+        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            (x,) = inputs
+            sums = rounding_sums(x, self._asked(name, x))
+            self._run.statistics.add(zero, sums[0], sums[1])
+            self._run.statistics.add(error, sums[2], sums[3])
+
+        return add
+
+    def _asked(self, name: str, x: Tensor) -> Tensor:
+        """Which positions, captions or vision tokens of an input are real."""
+        batch = self._batch
+        if x.ndim == 2:
+            return batch.pair_mask
+        if name.startswith("vision.") or name.endswith(".key_value"):
+            return batch.pair_mask[:, None].expand(x.shape[:2])
+        return batch.token_mask
+
+
+@torch.no_grad()
+def gather_latents(run: Run) -> None:
+    """Latents of the second probe set, of all ranks, and what they tell together."""
+    parts: list[list[Tensor]] = []
+    with run.engine.frozen():
+        for rows in run.probes.latents:
+            batch = Batch.from_rows(rows, run.world.device)
+            out = run.engine.forward(batch, run.memory)
+            sources = torch.from_numpy(rows.sources).to(run.world.device)
+            shown = (out.text_latent, out.vision_latent, out.episodes, batch.vision)
+            parts.append([*(x.float() for x in shown), batch.image_ids, sources, batch.pair_mask])
+    joined = [run.world.gather(torch.cat(column)).flatten(0, 1) for column in zip(*parts, strict=True)]
+    text, vision, episodes, vectors, ids, sources = (x[joined[-1]] for x in joined[:-1])
+    if len(text) < 2:
+        return
+    s = run.statistics
+    for name, latents in zip(LATENTS, (text, vision, episodes), strict=True):
+        s.same(f"Features/{name}_Effective_Rank", effective_rank(latents))
+    own, other = similarity(text, vision, ids)
+    s.same("Features/CrossModal_Similarity", own)
+    s.same("Features/CrossModal_Similarity_Unmatched", other)
+    s.same("Features/CrossModal_Similarity_Margin", own - other)
+    if len(sources.unique()) > 1:
+        s.same("Features/Source_Consistency", source_consistency(text, sources))
+    mse, l1 = reconstruction(episodes, vectors)
+    s.same("Features/Vision_Reconstruction_MSE", mse)
+    s.same("Features/Vision_Reconstruction_L1", l1)
+    if run.board is not None and run.config.wandb.log_feature_pca:
+        values = {"sources": sources.cpu().numpy(), "names": np.array(run.layout.sources)}
+        for name, latents in (("text", text), ("vision", vision)):
+            plane, shares = principal_plane(latents)
+            values |= {name: plane.cpu().numpy(), f"{name}_shares": shares.cpu().numpy()}
+        run.board.take_latents(run.progress.step, values)
+
+
+def draw(run: Run) -> None:
+    """Have pictures made after the last step of an epoch whose number the recipe names, and show those made."""
+    board, last = run.board, run.window.last
+    if board is None:
+        return
+    if last is not None:
+        position, length = last[0].position, run.lengths[last[0].phase]
+        every = run.config.wandb.plot_every_n_epochs / (run.config.phases[last[0].phase].epochs or 1.0)
+        if (position + 1) / length // every > position / length // every:
+            board.draw(run.progress.step)
+    show_pictures(run)
+
+
+def show_pictures(run: Run) -> None:
+    """Hand pictures that have become ready to the sinks."""
+    if run.board is None:
+        return
+    for step, path in run.board.pictures():
+        run.sinks.image(step, f"Plots/{path.stem}", path)
+    for problem in run.board.problems():
+        run.sinks.event("warning", message=problem)
+
+
+def log_start(run: Run) -> None:
+    """What does not change: the sizes of the model, once for a run."""
+    s, sizes = run.statistics, run.sizes
+    for name, count in run.parameters.items():
+        s.same(f"Model/Parameters_{title(name)}", count)
+    s.same("Model/Parameters_Total", sum(run.parameters.values()))
+    s.same("Model/Size_MB_Full", sizes.full / 1e6)
+    s.same("Model/Size_MB_Packed", sizes.packed / 1e6)
+    s.same("Model/Compression_Ratio", sizes.full / sizes.packed)
+    if sizes.ternary_packed:
+        s.same("Quantization/Compression_Ratio", sizes.ternary_full / sizes.ternary_packed)
+    numbers = reduce(s, run.world).numbers
+    s.reset()
+    run.sinks.log(run.progress.step, numbers)
