@@ -43,7 +43,7 @@ def shuffled_memory(memory: MemoryState) -> MemoryState:
 def score(
     forward: Forward, rows: Iterable[Rows], memory: MemoryState, world: World, pool_every: int | None = None
 ) -> Score:
-    """Token loss and accuracy over `rows`; `forward` must be in eval mode. `pool_every`: keep the latents of one caption
+    """Token loss and accuracy over `rows`; `forward` must be in eval mode. `pool_every`: keep latents of one caption
     in so many."""
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens = torch.zeros((), dtype=torch.int64, device=world.device)

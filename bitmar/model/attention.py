@@ -93,20 +93,27 @@ class Heads:
     gates: Float[Tensor, "B H"]  # 1, multiplied on each head's output: the loss's gradient by them is of the heads
 
 
+class Shown:
+    """Takes what the layers of one kind show, in their order. (ZeRO-3 hands modules a copy of a list.)"""
+
+    def __init__(self) -> None:
+        self.layers: list[Heads] = []
+
+
 def shown_attention(
     query: Float[Tensor, "B H T E"],
     key: Float[Tensor, "B H S E"],
     value: Float[Tensor, "B H S E"],
     allowed: Bool[Tensor, "#B 1 T S"] | None,
-    shown: list[Heads],
+    shown: Shown,
 ) -> Float[Tensor, "B H T E"]:
-    """Scaled dot-product attention in plain operations, whose weights and gates are appended to `shown`."""
+    """Scaled dot-product attention in plain operations, whose weights and gates go to `shown`."""
     scores = query.float() @ key.float().mT / query.shape[-1] ** 0.5
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     weights = scores.softmax(-1)
     gates = head_gates(query)
-    shown.append(Heads(weights.detach(), gates))
+    shown.layers.append(Heads(weights.detach(), gates))
     return weights.to(value.dtype) @ value * gates[..., None, None]
 
 
@@ -129,7 +136,7 @@ class SelfAttention(nn.Module):
         self.output = BitLinear(width, width, quantized)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], positions: Positions | None, shown: list[Heads] | None = None
+        self, x: Float[Tensor, "B T D"], positions: Positions | None, shown: Shown | None = None
     ) -> Float[Tensor, "B T D"]:
         if positions is not None and positions.packing is not None:
             assert shown is None, "heads are shown of unpacked rows"
@@ -177,7 +184,7 @@ class CrossAttention(nn.Module):
         x: Float[Tensor, "B T D"],
         source: Float[Tensor, "N S D"],
         packing: Packing | None = None,
-        shown: list[Heads] | None = None,
+        shown: Shown | None = None,
     ) -> Float[Tensor, "B T D"]:
         if packing is not None:
             assert shown is None, "heads are shown of unpacked rows"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bitmar.batch import Batch
 from bitmar.config import COMPONENTS, ModelConfig
-from bitmar.model.attention import Heads, text_positions
+from bitmar.model.attention import Heads, Shown, text_positions
 from bitmar.model.blocks import Block, Dropout
 from bitmar.model.fusion import Fusion
 from bitmar.model.memory import EpisodeWriter, MemoryReader, MemoryState, RecallInput
@@ -110,7 +110,7 @@ class BitMar(nn.Module):
             batch.positions, batch.segments, batch.packed, head_width, config.rotary_base, packing
         )
         mask = batch.token_mask
-        shown: dict[str, list[Heads]] = {kind: [] for kind in HEAD_KINDS} if heads else {}
+        shown = {kind: Shown() for kind in HEAD_KINDS} if heads else {}
         of = shown.get
         embedded = self.embedding(batch.tokens)
         hidden, text_latent = self.encoder(embedded, positions, mask, dropout, recompute, of("encoder"))
@@ -146,7 +146,7 @@ class BitMar(nn.Module):
             memory_gate,
             recalled,
             entropies,
-            shown,
+            {kind: taken.layers for kind, taken in shown.items()},
         )
 
 

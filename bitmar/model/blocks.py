@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bitmar.model.attention import Heads, Positions, SelfAttention
+from bitmar.model.attention import Positions, SelfAttention, Shown
 from bitmar.model.quantize import BitLinear, RMSNorm
 
 
@@ -99,7 +99,7 @@ class Block(nn.Module):
         x: Float[Tensor, "B T D"],
         positions: Positions | None,
         dropout: Dropout | None,
-        shown: list[Heads] | None = None,
+        shown: Shown | None = None,
     ) -> Float[Tensor, "B T D"]:
         mixed = self.attention(self.attention_norm(x), positions, shown)
         x = x + (dropout(mixed, 2 * self.site) if dropout else mixed)
@@ -113,7 +113,7 @@ def run_blocks(
     positions: Positions | None,
     dropout: Dropout | None,
     recompute: bool,
-    shown: list[Heads] | None = None,
+    shown: Shown | None = None,
 ) -> Float[Tensor, "B T D"]:
     """Apply the blocks in turn; `recompute` keeps only their inputs for the backward pass."""
     for block in blocks:

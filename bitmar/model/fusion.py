@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitmar.batch import Packing
 from bitmar.config import ModelConfig
-from bitmar.model.attention import CrossAttention, Heads
+from bitmar.model.attention import CrossAttention, Shown
 from bitmar.model.quantize import RMSNorm
 
 LOG_100 = 4.6052  # Radford et al. 2021, section 2.5, bound the factor at 100
@@ -33,7 +33,7 @@ class FusionLayer(nn.Module):
         vision: Float[Tensor, "N P D"],
         has_vision: Bool[Tensor, "N"],
         packing: Packing | None,
-        shown: list[Heads] | None = None,
+        shown: Shown | None = None,
     ) -> Float[Tensor, "B T D"]:
         gate = torch.tanh(self.gate)
         if packing is None:  # every packed caption has an image
@@ -56,7 +56,7 @@ class Fusion(nn.Module):
         vision: Float[Tensor, "N P D"],
         has_vision: Bool[Tensor, "N"],
         packing: Packing | None = None,
-        shown: list[Heads] | None = None,
+        shown: Shown | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "1"]]:
         """(hidden states, log temperature bounded at ln 100; its gradient passes the bound, or it would stay there)."""
         for layer in self.layers:

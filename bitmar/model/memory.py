@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from bitmar.batch import Packing, by_group
 from bitmar.config import ModelConfig
-from bitmar.model.attention import Heads, head_gates
+from bitmar.model.attention import Heads, Shown, head_gates
 from bitmar.model.quantize import BitLinear, RMSNorm
 
 Addressing = Literal["attention", "larimar"]
@@ -291,7 +291,7 @@ class MemoryReader(nn.Module):
         mask: Bool[Tensor, "B T"],
         recall: RecallInput | None,
         packing: Packing | None = None,
-        shown: list[Heads] | None = None,
+        shown: Shown | None = None,
     ) -> Reading:
         sharpness = 1.0 if self.log_sharpness is None else self.log_sharpness.float().exp()
         query = self.query(self.query_norm(x))
@@ -314,8 +314,8 @@ class MemoryReader(nn.Module):
         found = self.output(self.output_norm(value.to(x.dtype)))
         if shown is not None:
             assert packing is None, "heads are shown of unpacked rows"
-            shown.append(Heads(weights.detach()[:, None], head_gates(found[:, None])))
-            found = found * shown[-1].gates[..., None]  # behind the norm, which would take the gate out again
+            shown.layers.append(Heads(weights.detach()[:, None], head_gates(found[:, None])))
+            found = found * shown.layers[-1].gates[..., None]  # behind the norm, which would take the gate out again
         x = x + gate * found
         return x, read_mass, gate.detach(), recalled
 

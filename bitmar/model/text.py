@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bitmar.batch import Packing
 from bitmar.config import ModelConfig
-from bitmar.model.attention import Heads, Positions
+from bitmar.model.attention import Positions, Shown
 from bitmar.model.blocks import Block, Dropout, run_blocks
 from bitmar.model.head import TokenLosses, token_losses
 from bitmar.model.quantize import BitLinear, RMSNorm
@@ -81,7 +81,7 @@ class TextEncoder(nn.Module):
         mask: Bool[Tensor, "B T"],
         dropout: Dropout | None,
         recompute: bool,
-        shown: list[Heads] | None = None,
+        shown: Shown | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "N Z"]]:
         """(hidden states, text_latent: the pooled caption or row)."""
         hidden = run_blocks(self.blocks, x, positions, dropout, recompute, shown)
@@ -109,6 +109,6 @@ class TextDecoder(nn.Module):
         positions: Positions,
         dropout: Dropout | None,
         recompute: bool,
-        shown: list[Heads] | None = None,
+        shown: Shown | None = None,
     ) -> Float[Tensor, "B T D"]:
         return self.norm(run_blocks(self.blocks, x, positions, dropout, recompute, shown))

@@ -363,3 +363,6 @@ def find(name: str) -> Metric | None:
 def select(schema: Iterable[Metric], *cadences: Cadence) -> tuple[Metric, ...]:
     """The metrics of some cadences, in the schema's order."""
     return tuple(metric for metric in schema if metric.cadence in cadences)
+
+
+SCHEMA = schema_of(Layout())  # of a model of the default sizes on one rank

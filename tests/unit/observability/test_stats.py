@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from bitmar.observability.reduce import reduce
+from bitmar.observability.reduce import payload, reduce
 from bitmar.observability.schema import SCHEMA, Cadence, Metric, Reduction
-from bitmar.observability.stats import Statistics, gpu_memory_bytes, process_rss_bytes, record_memory
+from bitmar.observability.stats import Statistics
+from bitmar.observability.system import SystemProbe
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,12 @@ def small(*reductions: Reduction) -> Statistics:
     return Statistics(Metric(f"Data/{r.name}", "1", r, Cadence.STEP, "for the test") for r in reductions)
 
 
+def numbers(stats: Statistics) -> dict[str, float]:
+    return reduce(stats, Alone()).numbers
+
+
 def test_nothing_filled_is_nothing_logged() -> None:
-    assert reduce(Statistics(), Alone()) == {}
+    assert numbers(Statistics()) == {}
 
 
 def test_each_reduction_over_steps() -> None:
@@ -31,12 +38,16 @@ def test_each_reduction_over_steps() -> None:
         stats.add("Data/SUM", value, count)
         stats.add("Data/MEAN", value, count)
         stats.add("Data/EXP_MEAN", value, count)
+        stats.add("Data/ROOT_SUM", value, count)
+        stats.add("Data/ROOT_MEAN", value, count)
+        stats.add("Data/STD", value, count, 10.0)
     for value in (3.0, torch.tensor([-7.0]), 5):
         stats.peak("Data/MAX", value)
         stats.peak("Data/MIN", value)
         stats.same("Data/SAME", value)
     expected = {"SUM": 8.0, "MEAN": 2.0, "EXP_MEAN": math.exp(2.0), "MAX": 5.0, "MIN": -7.0, "SAME": 5.0}
-    assert reduce(stats, Alone()) == {f"Data/{name}": value for name, value in expected.items()}
+    expected |= {"ROOT_SUM": math.sqrt(8.0), "ROOT_MEAN": math.sqrt(2.0), "STD": 1.0}  # 20 / 4 - 2^2
+    assert numbers(stats) == pytest.approx({f"Data/{name}": value for name, value in expected.items()})
 
 
 def test_reduce_leaves_the_statistics_and_reset_empties_them() -> None:
@@ -44,20 +55,20 @@ def test_reduce_leaves_the_statistics_and_reset_empties_them() -> None:
     stats.add("Data/MEAN", 4.0, 2)
     stats.peak("Data/MIN", 1.0)
     stats.same("Data/SAME", 3.0)
-    assert reduce(stats, Alone()) == reduce(stats, Alone()) != {}
+    assert numbers(stats) == numbers(stats) != {}
     stats.reset()
-    assert reduce(stats, Alone()) == {}
+    assert numbers(stats) == {}
 
 
 def test_zero_counts() -> None:
     stats = small(*Reduction)
     stats.add("Data/MEAN", 0.0, 0)
     stats.add("Data/SUM", 0.0, 0)
-    assert reduce(stats, Alone()) == {}
+    assert numbers(stats) == {}
     stats.add("Data/SUM", 0.0)  # seen, and none: that is a zero, not an absence
-    assert reduce(stats, Alone()) == {"Data/SUM": 0.0}
+    assert numbers(stats) == {"Data/SUM": 0.0}
     stats.add("Data/MEAN", 1.0, 0)  # a broken count shows
-    assert math.isnan(reduce(stats, Alone())["Data/MEAN"])
+    assert math.isnan(numbers(stats)["Data/MEAN"])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -69,7 +80,7 @@ def test_nonfinite_values_are_kept(bad: float) -> None:
     for kind in ("MAX", "MIN"):
         stats.peak(f"Data/{kind}", bad)
     stats.same("Data/SAME", bad)
-    result = reduce(stats, Alone())
+    result = numbers(stats)
     assert len(result) == 5
     for value in result.values():
         assert value == bad or (math.isnan(value) and math.isnan(bad))
@@ -80,20 +91,20 @@ def test_nan_wins_over_any_extreme() -> None:
     for value in (1.0, math.nan, 2.0):
         stats.peak("Data/MAX", value)
         stats.peak("Data/MIN", value)
-    assert all(math.isnan(value) for value in reduce(stats, Alone()).values())
+    assert all(math.isnan(value) for value in numbers(stats).values())
 
 
 def test_perplexity_does_not_overflow() -> None:
     stats = small(Reduction.EXP_MEAN)
     stats.add("Data/EXP_MEAN", 800.0)
-    assert reduce(stats, Alone())["Data/EXP_MEAN"] == math.inf
+    assert numbers(stats)["Data/EXP_MEAN"] == math.inf
 
 
 def test_values_are_detached_and_exact_in_float64() -> None:
     stats = small(Reduction.SUM)
     stats.add("Data/SUM", torch.tensor(2.0**24, requires_grad=True, dtype=torch.float32))
     stats.add("Data/SUM", torch.tensor(1.0, dtype=torch.bfloat16))
-    assert reduce(stats, Alone())["Data/SUM"] == 2.0**24 + 1
+    assert numbers(stats)["Data/SUM"] == 2.0**24 + 1
     assert not stats.sums.requires_grad
 
 
@@ -114,13 +125,49 @@ def test_unknown_names_and_wrong_kinds_are_named() -> None:
         small(Reduction.SUM, Reduction.SUM)
 
 
-def test_the_layout_does_not_depend_on_what_was_seen() -> None:
+def test_the_layout_does_not_depend_on_what_was_seen(tmp_path: Path) -> None:
     empty, full = Statistics(), Statistics()
     full.add("Training/Loss", 1.0)
-    record_memory(full)
-    for name in ("sums", "counts", "extremes", "extreme_counts", "last", "last_counts"):
-        assert getattr(empty, name).shape == getattr(full, name).shape
-    assert len(full.summed) + len(full.peaks) + len(full.sames) == len(SCHEMA)
+    SystemProbe(tmp_path, torch.device("cpu"), 0).fill(full)
+    for one, other in zip(payload(empty), payload(full), strict=True):
+        assert one.shape == other.shape
+    derived = [metric for metric in SCHEMA if metric.reduction is Reduction.DERIVED]
+    assert len(full.summed) + len(full.peaks) + len(full.sames) == len(SCHEMA) - len(derived)
+
+
+def test_arrays_reduce_element_by_element_with_one_count() -> None:
+    kinds = (Reduction.SUM, Reduction.MEAN, Reduction.SAME)
+    stats = Statistics(Metric(f"Data/{r.name}", "1", r, Cadence.STEP, "test", ("x", "y"), (2, 3)) for r in kinds)
+    value = torch.arange(6.0).view(2, 3)
+    for _ in range(2):
+        stats.add("Data/SUM", value)
+        stats.add("Data/MEAN", value, 4)
+        stats.same("Data/SAME", value)
+    arrays = reduce(stats, Alone()).arrays
+    assert arrays["Data/SUM"].tolist() == (2 * value).tolist()
+    assert arrays["Data/MEAN"].tolist() == (value / 4).tolist()
+    assert arrays["Data/SAME"].tolist() == value.tolist()
+    with pytest.raises(ValueError, match=r"Data/SUM.*\(2, 3\).*\(3, 2\)"):
+        stats.add("Data/SUM", value.T)
+
+
+def test_many_at_once_are_as_one_by_one() -> None:
+    names = [f"Gradients/{part}_Std" for part in ("Encoder", "Vision", "Decoder")]
+    values, counts, squares = torch.tensor([1.0, 2, 3]), torch.tensor([2.0, 2, 5]), torch.tensor([9.0, 8, 7])
+    once, singly = Statistics(), Statistics()
+    once.add_all(names, values, counts, squares)
+    for name, value, count, square in zip(names, values, counts, squares, strict=True):
+        singly.add(name, value, count, square)
+    assert numbers(once) == numbers(singly) != {}
+
+
+def test_an_extreme_of_nothing_is_absent() -> None:
+    stats = small(Reduction.MAX, Reduction.MIN)
+    stats.peak("Data/MAX", torch.tensor(-math.inf), torch.tensor(0))
+    stats.peak("Data/MIN", torch.tensor(math.inf), torch.tensor(0))
+    assert numbers(stats) == {}
+    stats.peak("Data/MIN", 3.0)
+    assert numbers(stats) == {"Data/MIN": 3.0}
 
 
 def test_no_value_is_read_back_before_the_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,33 +183,35 @@ def test_no_value_is_read_back_before_the_reduction(monkeypatch: pytest.MonkeyPa
     stats.same("Data/SAME", torch.tensor(1.0))
 
 
-def test_one_read_back_in_the_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_read_back_in_the_reduction(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
-    tolist = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: calls.append(1) or tolist(self))
+    whole = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: calls.append(1) or whole(self))
     stats = Statistics()
-    record_memory(stats)
+    SystemProbe(tmp_path, torch.device("cpu"), 0).fill(stats)
     reduce(stats, Alone())
     assert len(calls) == 1
 
 
-def test_memory_of_this_process() -> None:
-    assert 10e6 < process_rss_bytes() < 1e12
-    assert gpu_memory_bytes("cpu") is None
+def test_the_system_metrics_are_of_this_process(tmp_path: Path) -> None:
     stats = Statistics()
-    record_memory(stats)
-    result = reduce(stats, Alone())
-    assert list(result) == ["System/Memory_RSS"]
-    assert result["System/Memory_RSS"] == pytest.approx(process_rss_bytes(), rel=0.2)
+    SystemProbe(tmp_path, torch.device("cpu"), 0).fill(stats)
+    result = numbers(stats)
+    names = ("Memory_RSS", "CPU_Percent", "Open_Files", "Disk_Free")
+    assert set(result) == {f"System/{name}" for name in names}
+    assert result["System/Memory_RSS"] == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
+    assert result["System/Disk_Free"] == pytest.approx(psutil.disk_usage(str(tmp_path)).free, rel=0.1)
+    assert 0 < result["System/Open_Files"] < 10_000
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_statistics_on_a_gpu() -> None:
+def test_statistics_on_a_gpu(tmp_path: Path) -> None:
     stats = Statistics(device="cuda")
     stats.add("Training/Loss", torch.tensor(6.0, device="cuda"), 3)
     stats.peak("System/Memory_RSS", 5.0)
     stats.same("Training/Step", torch.tensor(7, device="cuda"))
-    record_memory(stats)
-    result = reduce(stats, Alone())
+    SystemProbe(tmp_path, torch.device("cuda"), 0).fill(stats)
+    result = numbers(stats)
     assert result["Training/Loss"] == 2.0
+    assert 0 < result["System/GPU_Memory_Percent"] <= 100
     assert result["System/GPU_Memory_Peak"] >= result["System/GPU_Memory_Allocated"] > 0
