@@ -92,3 +92,11 @@ SCHEMA: tuple[Metric, ...] = (
 def select(cadence: Cadence, schema: Iterable[Metric] = SCHEMA) -> tuple[Metric, ...]:
     """The metrics of one cadence, in the schema's order."""
     return tuple(metric for metric in schema if metric.cadence is cadence)
+
+
+_BY_NAME = {metric.name: metric for metric in SCHEMA}
+
+
+def find(name: str) -> Metric | None:
+    """The metric of this name; None where the schema has none."""
+    return _BY_NAME.get(name)
