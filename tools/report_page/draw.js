@@ -49,7 +49,7 @@
         hoverformat: ",d",
         unifiedhovertitle: { text: "step %{x:,d}" },
         exponentformat: "SI",
-        nticks: 7,
+        ...(page.last <= 7 ? { dtick: 1 } : { nticks: 7 }),
       },
       yaxis: {
         title: { text: chart.unit, standoff: 6 },
