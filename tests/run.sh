@@ -18,8 +18,8 @@ case "${1:-}" in
 esac
 set_up
 
-# Tests over several hosts, and over clocks that differ, need programs that only root can install. Not on a machine with
-# services, where Debian would start the sshd for all the world.
+# Tests over several hosts, over clocks that differ, and in a browser need programs that only root can install. Not on a
+# machine with services, where Debian would start the sshd for all the world.
 install_programs() {
     local missing=()
     command -v ip >/dev/null || missing+=(iproute2)
@@ -27,13 +27,17 @@ install_programs() {
     command -v ssh >/dev/null || missing+=(openssh-client)
     command -v pdsh >/dev/null || missing+=(pdsh)
     compgen -G '/usr/lib/*/faketime/libfaketimeMT.so.1' >/dev/null || missing+=(faketime)
+    command -v chromium >/dev/null || missing+=(chromium fonts-dejavu-core)
     [ ${#missing[@]} -gt 0 ] || return 0
     if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null && [ ! -d /run/systemd/system ]; then
         echo "installing ${missing[*]}"
-        apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-            apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+        apt-get update -qq
+        local package
+        for package in "${missing[@]}"; do # one by one: not every distribution has each
+            DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >/dev/null
+        done
     else
-        echo "the tests over several hosts and clocks are skipped; they need root and: apt-get install ${missing[*]}" >&2
+        echo "the tests over several hosts and clocks and in a browser are skipped; they need root and: apt-get install ${missing[*]}" >&2
     fi
 }
 [ "$marks" = 'not slow and not soak' ] || install_programs

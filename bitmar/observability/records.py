@@ -58,14 +58,16 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:  # as bytes: an unfinished line may end within a character
         for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
-                fields = json.loads(line)
+                fields = json.loads(line.decode("utf-8"))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not JSON ({error.msg}); mend or remove the line") from error
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); mend or remove the line") from error
             if not isinstance(fields, dict):
                 raise ValueError(f"{path}:{number}: not a JSON object; mend or remove the line")
             yield fields

@@ -78,10 +78,16 @@ def test_a_torn_last_line_is_cut(tmp_path: Path) -> None:
     assert [line["Training/Step"] for line in read_lines(path)] == [1, 3]
 
 
-@pytest.mark.parametrize("line", ["not json\n", "[1]\n"])
-def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
+def test_a_line_torn_within_a_character_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(encode_line({"kind": "é"}).encode() + encode_line({"kind": "é"}).encode()[:-4])
+    assert [line["kind"] for line in read_lines(path)] == ["é"]
+
+
+@pytest.mark.parametrize("line", [b"not json\n", b"[1]\n", b'{"a": "\xff"}\n'])
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text(encode_line({"Training/Step": 1}) + line)
+    path.write_bytes(encode_line({"Training/Step": 1}).encode() + line)
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not"):
         list(read_lines(path))
 
