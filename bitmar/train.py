@@ -340,6 +340,9 @@ def finish(run: Run) -> None:
         return
     directory = run.config.run_directory
     write_plots(directory, [phase.name for phase in run.config.phases], run.shards.generated)
+    if run.config.wandb.log_model_checkpoints:
+        plots = sorted((directory / "plots").glob("*.png"))
+        run.sinks.artifact("plots", f"{run.config.run.name}-plots", plots)
     seconds, progress = run.progress.seconds, run.progress
     summary = {
         "data": "generated" if run.shards.generated else "given",
