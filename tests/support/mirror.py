@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from bitmar.observability.records import EVENTS_FILE, read_lines
 from tests.support.runs import ROOT
 from tests.unit.observability.wandb_file import history, wandb_records
 
@@ -89,7 +90,7 @@ def write_png(path: Path) -> None:
 
 def wandb_files(run_dir: Path) -> list[Path]:
     """The offline parts of a run, by the time of their start."""
-    return sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_ctime_ns)
+    return sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.parent.name)
 
 
 def records(file: Path, kind: str) -> list[Any]:
@@ -100,3 +101,8 @@ def records(file: Path, kind: str) -> list[Any]:
 def rows(file: Path) -> list[dict[str, Any]]:
     """What was logged, a row a call."""
     return [history(record) for record in wandb_records(file) if record.WhichOneof("record_type") == "history"]
+
+
+def told(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind, in order."""
+    return [event for event in read_lines(run_dir / EVENTS_FILE) if event["kind"] == kind]

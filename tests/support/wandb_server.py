@@ -26,6 +26,7 @@ class WandbServer:
     operations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # of GraphQL: (name, variables)
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows by the run's id
     uploads: dict[str, int] = field(default_factory=dict)  # bytes by the file's name
+    stopped: bool = False  # whether the run's page has been asked to stop it
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def variables(self, operation: str) -> list[dict[str, Any]]:
@@ -45,6 +46,7 @@ class WandbServer:
             if stream := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
                 rows = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
                 self.history.setdefault(stream[1], []).extend(json.loads(row) for row in rows)
+                return {"stopped": self.stopped}
             if path.startswith("/upload/"):
                 self.uploads[path.removeprefix("/upload/")] = len(body)
             return {}
