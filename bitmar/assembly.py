@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from bitmar.observability.sinks import NullSink, Sink, open_sinks
 from bitmar.observability.stats import Statistics
 from bitmar.observability.system import SystemProbe, peak_tflops
 from bitmar.startup import StartUp
+from bitmar.version import code_version
 from shards.loader import CacheOptions, Loader, LoaderState, Shape, ShardSet, ValidationSet
 from shards.order import PhaseSpec
 from shards.record import DataError
@@ -361,16 +363,13 @@ def open_run(config: Config, world: World, progress: Progress, total_steps: int,
             problem = f"run.directory: {directory} cannot be written: {error.strerror}"
     world.raise_together(problem, ConfigError)
     check_shared(directory, world)
-    wandb = config.wandb
-    mode = "disabled" if finished or not wandb.enabled else "offline" if wandb.offline else None
     return open_sinks(
         directory,
         world.rank,
-        project=wandb.project,
+        wandb=dataclasses.replace(config.wandb, enabled=config.wandb.enabled and not finished),
         name=config.run.name,
         run_id=progress.run_id,
-        config=yaml.safe_load(dump_config(config)),
-        wandb_mode=mode,
+        config={**yaml.safe_load(dump_config(config)), "code": code_version()},
         total_steps=total_steps,
         resume_step=progress.step if progress.step else None,
     )
@@ -454,4 +453,5 @@ def announce(run: Run) -> None:
         flush=True,
     )
     phases = {p.name: n for p, n in zip(run.config.phases, run.lengths, strict=True)}
-    run.sinks.event("start", step=run.progress.step, world=run.world.size, parameters=total, phases=phases)
+    code = code_version()
+    run.sinks.event("start", step=run.progress.step, world=run.world.size, parameters=total, phases=phases, **code)

@@ -39,5 +39,7 @@ def tell_saved(run: Run, ended: list[Saved]) -> None:
         else:
             hold = round(saved.hold_seconds, 4)
             run.sinks.event("checkpoint", step=saved.step, path=str(saved.path), hold_seconds=hold)
+            if run.config.wandb.log_model_checkpoints:
+                run.sinks.artifact("checkpoint", f"{run.config.run.name}-checkpoint", [saved.path])
         if saved.left_over is not None:
             run.sinks.event("warning", problem=saved.left_over)

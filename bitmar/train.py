@@ -278,6 +278,9 @@ def finish(run: Run) -> None:
         for path in write_plots(directory, [phase.name for phase in run.config.phases], run.shards.generated):
             run.sinks.image(run.progress.step, f"Plots/{path.stem}", path)
         show_pictures(run)
+    if run.config.wandb.log_model_checkpoints:
+        plots = sorted((directory / "plots").glob("*.png"))
+        run.sinks.artifact("plots", f"{run.config.run.name}-plots", plots)
     seconds, progress = run.progress.seconds, run.progress
     summary = {
         "data": "generated" if run.shards.generated else "given",

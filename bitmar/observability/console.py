@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,6 +119,12 @@ class ConsoleSink:
     def image(self, step: int, name: str, path: Path) -> None:
         """Tell where an image lies."""
         self._print(f"{step_text(step, self._total_steps)}  {name}: {path}")
+
+    def histogram(self, step: int, name: str, counts: Sequence[float], edges: Sequence[float]) -> None:
+        """Do nothing."""
+
+    def artifact(self, kind: str, name: str, paths: Sequence[Path]) -> None:
+        """Do nothing."""
 
     def truncate_after(self, step: int) -> int:
         """Do nothing: what was shown stays."""

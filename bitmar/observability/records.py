@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -117,6 +117,12 @@ class JsonlSink:
         path, root = path.resolve(), self._run_dir.resolve()
         shown = path.relative_to(root) if path.is_relative_to(root) else path
         self.event("image", step=step, name=name, path=shown.as_posix())
+
+    def histogram(self, step: int, name: str, counts: Sequence[float], edges: Sequence[float]) -> None:
+        """Do nothing."""
+
+    def artifact(self, kind: str, name: str, paths: Sequence[Path]) -> None:
+        """Do nothing."""
 
     def truncate_after(self, step: int) -> int:
         """Cut metrics of steps greater than `step`, so that a resumed run is one rising curve.

@@ -1,4 +1,4 @@
-"""Observability across process borders: two gloo ranks, a real offline wandb run, the secret."""
+"""Observability across process borders: two gloo ranks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ import math
 import os
 import random
 import socket
-import struct
-import subprocess
-import sys
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +16,14 @@ import torch
 import torch.distributed
 from torch.multiprocessing.spawn import spawn
 
+from bitmar.config import WandbConfig
 from bitmar.observability.plots import read_series
 from bitmar.observability.reduce import reduce
-from bitmar.observability.schema import SCHEMA, STEP_METRIC, Cadence, Metric, Reduction
+from bitmar.observability.schema import SCHEMA, Cadence, Metric, Reduction
 from bitmar.observability.sinks import open_sinks
 from bitmar.observability.stats import Statistics
-from tests.unit.observability.wandb_file import history, wandb_records
 
-ROOT = Path(__file__).resolve().parents[2]
 WORLD_SIZE = 2
-CANARY = "c0ffee" * 7  # as long as a wandb key, and never one
 LEAST = Metric("Data/Least", "1", Reduction.MIN, Cadence.STEP, "the schema has no minimum of its own")
 Fill = list[tuple[float, float]]  # (value, count) by step
 
@@ -108,7 +102,7 @@ def rank_main(rank: int, port: int, folder: str) -> None:
         stats.peak("System/GPU_Memory_Peak", 7.0)
     trouble = reduce(stats, world)
 
-    sink = open_sinks(Path(folder) / "run", rank, project="p", name="n", run_id="i", config={}, wandb_mode="disabled")
+    sink = open_sinks(Path(folder) / "run", rank, wandb=WandbConfig(enabled=False), name="n", run_id="i", config={})
     sink.log(5, result)
     sink.close()
     least = Statistics([LEAST])
@@ -167,110 +161,3 @@ def test_only_rank_0_writes(two_ranks: tuple[Path, list[dict[str, Any]]]) -> Non
     series = read_series(run_dir / "metrics.jsonl")
     assert set(series) == {metric.name for metric in SCHEMA}
     assert all(len(steps) == 1 for steps, _ in series.values())
-
-
-MIRROR = """
-import sys
-from pathlib import Path
-from bitmar.observability.schema import SCHEMA
-from bitmar.observability.sinks import open_sinks
-
-run_dir, picture = Path(sys.argv[1]), Path(sys.argv[2])
-resume_step = int(sys.argv[3]) if len(sys.argv) > 3 else None
-config = {"model": {"width": 64}, "note": "x" * 40_000}
-sink = open_sinks(run_dir, 0, project="bitmar", name="try", run_id="abc123", config=config, total_steps=40,
-                  resume_step=resume_step)
-for step in range(0 if resume_step is None else resume_step + 10, 40, 10):
-    sink.log(step, {metric.name: step + index / 64 for index, metric in enumerate(SCHEMA)})
-sink.image(40, "Plots/Losses", picture)
-sink.event("done", step=40)
-sink.close(0)
-"""
-
-
-def mirror(run_dir: Path, home: Path, *arguments: str, **environment: str) -> str:
-    """Run MIRROR in a process whose home knows no key; returns all it printed."""
-    home.mkdir(exist_ok=True)
-    picture = home / "picture.png"
-    write_png(picture)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    paths = {"HOME": str(home), "NETRC": str(home / "netrc"), "PYTHONPATH": str(ROOT)}
-    wandb_paths = {"WANDB_CACHE_DIR": str(home / "cache"), "WANDB_CONFIG_DIR": str(home / "config")}
-    done = subprocess.run(
-        [sys.executable, "-c", MIRROR, str(run_dir), str(picture), *arguments],
-        env={**clean, **paths, **wandb_paths, **environment},
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-def write_png(path: Path) -> None:
-    """A 2 x 2 grey PNG."""
-
-    def part(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    pixels = zlib.compress(b"\0\x00\xff\0\xff\x00")
-    header = struct.pack(">IIBBBBB", 2, 2, 8, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", pixels) + part(b"IEND", b""))
-
-
-def test_wandb_offline_file_holds_every_metric_and_the_step_axis(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    mirror(run_dir, tmp_path / "home")
-    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    records = list(wandb_records(file))
-    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
-    assert (run.run_id, run.project, run.display_name) == ("abc123", "bitmar", "try")
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert config["model"] == {"width": 64}
-
-    rows = [history(record) for record in records if record.WhichOneof("record_type") == "history"]
-    metrics = [row for row in rows if "Plots/Losses/_type" not in row]
-    assert [row[STEP_METRIC] for row in metrics] == [0, 10, 20, 30]
-    for row in metrics:
-        wanted = {m.name: row[STEP_METRIC] + index / 64 for index, m in enumerate(SCHEMA)}
-        assert {name: row[name] for name in wanted} == {**wanted, STEP_METRIC: row[STEP_METRIC]}
-    (image,) = [row for row in rows if "Plots/Losses/_type" in row]
-    assert image[STEP_METRIC] == 40
-    assert image["Plots/Losses/_type"] == "image-file"
-
-    axes = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
-    assert any(axis.glob_name == "*" and axis.step_metric == STEP_METRIC for axis in axes)
-    assert records[-1].WhichOneof("record_type") in ("exit", "final", "footer")
-
-
-def test_a_resumed_wandb_run_keeps_its_id_and_our_step(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    mirror(run_dir, tmp_path / "home")
-    mirror(run_dir, tmp_path / "home", "10")
-    files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    assert {file.name for file in files} == {"run-abc123.wandb"}
-    steps, _ = read_series(run_dir / "metrics.jsonl")["Training/Loss"]
-    assert steps.tolist() == [0, 10, 20, 30]
-    records = list(wandb_records(files[-1]))
-    rows = [history(record) for record in records if record.WhichOneof("record_type") == "history"]
-    assert [row[STEP_METRIC] for row in rows] == [20, 30, 40]
-
-
-@pytest.mark.parametrize("mode", ["offline", "disabled", "malformed"])
-def test_the_key_reaches_no_file(tmp_path: Path, mode: str) -> None:
-    """With a key in the environment; "malformed" is refused by wandb itself, without any network."""
-    key = CANARY if mode != "malformed" else CANARY[:12]
-    environment = {"WANDB_API_KEY": key}
-    if mode != "malformed":
-        environment["WANDB_MODE"] = mode
-    printed = mirror(tmp_path / "run", tmp_path / "home", **environment)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) > 3
-    for path in files:
-        assert key.encode() not in path.read_bytes(), path
-        assert key not in str(path)
-    assert key not in printed
-    warned = "wandb is offline" in (tmp_path / "run/events.jsonl").read_text()
-    assert warned == (mode == "malformed")

@@ -71,13 +71,16 @@ def test_ranks_get_what_they_need_and_no_key(tmp_path: Path, monkeypatch: pytest
         "NCCL_TOKEN": "hidden",
         "HOME": "x",
         "WANDB_API_KEY": "hidden",
+        "WANDB_SERVICE": "3-1-tcp-127.0.0.1-1-hidden",
         "WANDB_MODE": "offline",
+        "WANDB_ENTITY": "team",
     }
     found = rank_environment(own, True, HOSTS, {"one": facts("10.0.0.1"), "two": facts("10.0.0.2")})
     assert found == {
         "NCCL_DEBUG": "WARN",
         "EXTRA": "a=b",
         "WANDB_MODE": "offline",
+        "WANDB_ENTITY": "team",
         "TOKENIZERS_PARALLELISM": "false",
         "MPLBACKEND": "Agg",
         "DS_ACCELERATOR": "cpu",

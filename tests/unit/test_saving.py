@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bitmar.config import CheckpointConfig
+from bitmar.config import CheckpointConfig, WandbConfig
 from bitmar.engine.checkpoint import Progress, Saved
 from bitmar.engine.retention import WordMilestones
 from bitmar.observability.sinks import NullSink
@@ -18,7 +18,7 @@ from bitmar.saving import mark_due, tell_saved
 def run_at(step: int, words: int, milestones: WordMilestones, due: tuple[int, ...] = ()) -> Any:
     """As much of a Run as saving looks at."""
     return SimpleNamespace(
-        config=SimpleNamespace(checkpoint=CheckpointConfig(every_steps=10)),
+        config=SimpleNamespace(checkpoint=CheckpointConfig(every_steps=10), wandb=WandbConfig()),
         progress=Progress("id", step=step, words=words),
         counted=torch.zeros(2, dtype=torch.int64),
         milestones=milestones,

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from bitmar.config import WandbConfig
 from bitmar.observability.console import ConsoleSink, TimeLeft, duration, summary
 from bitmar.observability.records import JsonlSink, encode_line, read_lines
-from bitmar.observability.sinks import MultiSink, NullSink, TextSink, WandbSink, open_sinks
+from bitmar.observability.sinks import MultiSink, NullSink, TextSink, open_sinks
 
-ABOUT: dict[str, Any] = {"project": "p", "name": "n", "run_id": "id1", "config": {"a": 1}}
+ABOUT: dict[str, Any] = {"wandb": WandbConfig(enabled=False), "name": "n", "run_id": "id1", "config": {"a": 1}}
 
 
 def refuse_constant(text: str) -> None:
@@ -193,7 +194,7 @@ def test_other_ranks_touch_nothing(tmp_path: Path) -> None:
 
 def test_rank_0_writes_all_files_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for resume_step, steps in ((None, (10, 20, 30)), (10, (20, 30, 40))):
-        sink = open_sinks(tmp_path, 0, **ABOUT, wandb_mode="disabled", total_steps=40, resume_step=resume_step)
+        sink = open_sinks(tmp_path, 0, **ABOUT, total_steps=40, resume_step=resume_step)
         for step in steps:
             sink.log(step, {"Training/Loss": 1.0})
         sink.close()
@@ -207,41 +208,10 @@ def test_rank_0_writes_all_files_and_resumes(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_start_that_left_no_checkpoint_leaves_no_metrics_either(tmp_path: Path) -> None:
     for steps in ((0, 1, 2, 3), (0, 1)):
-        sink = open_sinks(tmp_path, 0, **ABOUT, wandb_mode="disabled")
+        sink = open_sinks(tmp_path, 0, **ABOUT)
         for step in steps:
             sink.log(step, {"Training/Loss": 1.0})
         sink.close()
     assert [line["Training/Step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1]
     (event,) = read_lines(tmp_path / "events.jsonl")
     assert (event["kind"], event["lines_cut"]) == ("warning", 4)
-
-
-def test_a_wandb_that_dies_is_given_up_with_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "c0ffee-canary")
-
-    class Warnings(NullSink):
-        def __init__(self) -> None:
-            self.events: list[Any] = []
-
-        def event(self, kind: str, **fields: Any) -> None:
-            self.events.append((kind, fields))
-
-    class Dead:
-        def log(self, fields: Any) -> None:
-            raise ConnectionResetError("Connection of c0ffee-canary lost")
-
-    warnings = Warnings()
-    sink = WandbSink(tmp_path, "p", "n", "id1", {}, "disabled", warnings)
-    sink._run = Dead()
-    sink.log(1, {"Training/Loss": 1.0})
-    sink.log(2, {"Training/Loss": 1.0})
-    sink.close()
-    message = "wandb is given up for this run: ConnectionResetError: Connection of *** lost"
-    assert warnings.events == [("warning", {"message": message})]
-
-
-def test_a_missing_image_is_named(tmp_path: Path) -> None:
-    sink = WandbSink(tmp_path, "p", "n", "id1", {}, "disabled")
-    with pytest.raises(FileNotFoundError, match=r"none\.png"):
-        sink.image(1, "Plots/X", tmp_path / "none.png")
-    sink.close()

@@ -1,0 +1,126 @@
+"""What a wandb run is called; what it holds is in tests/integration/test_wandb.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitmar.config import WandbConfig
+from bitmar.observability.wandb_sink import WandbSink, identify
+
+ENVIRONMENT = {
+    "WANDB_PROJECT": "their-project",
+    "WANDB_ENTITY": "their-team",
+    "WANDB_NAME": "their name",
+    "WANDB_RUN_GROUP": "their-group",
+    "WANDB_TAGS": "a, b,",
+    "WANDB_NOTES": "their notes",
+    "WANDB_MODE": "offline",
+}
+
+
+def test_the_recipe_goes_before_the_environment() -> None:
+    own = WandbConfig(project="p", entity="e", name="n", group="g", tags=("t",), notes="o")
+    found = identify(own, "run", "id1", ENVIRONMENT)
+    assert (found.project, found.entity, found.name, found.group) == ("p", "e", "n", "g")
+    assert (found.tags, found.notes, found.id) == (("t",), "o", "id1")
+
+
+def test_the_environment_goes_before_the_run() -> None:
+    found = identify(WandbConfig(), "run", "id1", ENVIRONMENT)
+    assert (found.project, found.entity, found.name) == ("their-project", "their-team", "their name")
+    assert (found.group, found.tags, found.notes) == ("their-group", ("a", "b"), "their notes")
+    assert identify(WandbConfig(), "run", "id1", {"WANDB_RUN_ID": "sweep7"}).id == "sweep7"
+
+
+def test_without_either_it_is_the_run() -> None:
+    found = identify(WandbConfig(), "run", "id1", {})
+    assert (found.project, found.name, found.id, found.mode) == ("bitmar", "run", "id1", None)
+    assert (found.entity, found.group, found.tags, found.notes) == (None, None, (), None)
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "mode"),
+    [
+        (WandbConfig(enabled=False), {"WANDB_MODE": "online"}, "disabled"),
+        (WandbConfig(offline=True), {"WANDB_MODE": "online"}, "offline"),
+        (WandbConfig(), {"WANDB_MODE": "online"}, "online"),
+        (WandbConfig(), {"WANDB_MODE": "disabled"}, "disabled"),
+        (WandbConfig(), {"WANDB_MODE": "dryrun"}, "offline"),
+        (WandbConfig(), {"WANDB_MODE": "nonsense"}, None),
+    ],
+)
+def test_modes(config: WandbConfig, environment: dict[str, str], mode: str | None) -> None:
+    assert identify(config, "run", "id1", environment).mode == mode
+
+
+def test_without_resume_each_start_has_an_id_of_its_own() -> None:
+    ids = {identify(WandbConfig(resume=False), "run", "id1", {}).id for _ in range(3)}
+    assert len(ids) == 3
+    assert all(one.startswith("id1-") for one in ids)
+
+
+class Unstarted(WandbSink):
+    """Takes calls, and never works them off."""
+
+    def _work(self) -> None:
+        return
+
+
+class Told:
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.events.append((kind, fields))
+
+
+def test_the_oldest_go_from_a_full_queue_with_one_warning(tmp_path: Path) -> None:
+    told = Told()
+    sink = Unstarted(tmp_path, identify(WandbConfig(), "n", "id1", {}), {}, WandbConfig(), told, queue_length=3)
+    for step in range(10):
+        sink.log(step, {"Training/Loss": float(step)})
+    assert [job.args[0] for job in sink._jobs] == [7, 8, 9]  # type: ignore[attr-defined]
+    assert sink._dropped == 7
+    ((kind, fields),) = told.events
+    assert kind == "warning"
+    assert "does not keep up" in fields["message"]
+    sink.close()
+
+
+def test_what_is_told_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "c0ffee-canary")
+    monkeypatch.setenv("HF_TOKEN", "hf-canary-1")
+    told = Told()
+    sink = Unstarted(tmp_path, identify(WandbConfig(), "n", "id1", {}), {}, WandbConfig(), told)
+    sink._warn("lost", ConnectionResetError("https://c0ffee-canary@example.org?t=hf-canary-1"))
+    sink.close()
+    message = "lost: ConnectionResetError: https://***@example.org?t=***"
+    assert told.events == [("warning", {"message": message})]
+
+
+def test_a_missing_image_and_a_wrong_histogram_are_named(tmp_path: Path) -> None:
+    sink = Unstarted(tmp_path, identify(WandbConfig(), "n", "id1", {}), {}, WandbConfig(), Told())
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        sink.image(1, "Plots/X", tmp_path / "none.png")
+    with pytest.raises(ValueError, match="3 counts need 4 edges, got 3"):
+        sink.histogram(1, "Weights/X", [1, 2, 3], [0, 1, 2])
+    sink.close()
+
+
+def test_log_interval_holds_back_step_metrics_alone(tmp_path: Path) -> None:
+    options = WandbConfig(log_every_n_steps=5, log_interval=20)
+    sink = Unstarted(tmp_path, identify(options, "n", "id1", {}), {}, options, Told())
+    for step in (5, 15, 20):
+        sink.log(step, {"Training/Loss": 1.0})
+        sink.log(step, {"Validation/Loss": 2.0})
+    sent = [job.args for job in sink._jobs]  # type: ignore[attr-defined]
+    assert sent == [
+        (5, {"Validation/Loss": 2.0}),
+        (15, {"Validation/Loss": 2.0}),
+        (20, {"Training/Loss": 1.0}),
+        (20, {"Validation/Loss": 2.0}),
+    ]
+    sink.close()
