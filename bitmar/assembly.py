@@ -9,61 +9,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
 
-from bitmar.batch import Batch
 from bitmar.config import Config, ConfigError, dump_config
 from bitmar.engine import checkpoint
 from bitmar.engine.checkpoint import CheckpointError, DamagedCheckpoint, Progress, Saver
-from bitmar.engine.clock import StepClock
 from bitmar.engine.faults import START_UP_S, Guard, Notice, Stopped
 from bitmar.engine.retention import WordMilestones, milestones
-from bitmar.engine.schedule import Rates
 from bitmar.engine.world import World
 from bitmar.engine.zero import ZeroEngine, choose_precision
-from bitmar.model.bitmar import BitMar, Sizes, parameter_counts, parameter_sizes
-from bitmar.model.flops import Work
+from bitmar.model.bitmar import BitMar, parameter_counts, parameter_sizes
 from bitmar.model.memory import MemoryState
-from bitmar.observability.board import Board
-from bitmar.observability.derived import History
-from bitmar.observability.schema import Cadence, Layout, schema_of, select
 from bitmar.observability.sinks import NullSink, Sink, open_sinks
-from bitmar.observability.stats import Statistics
-from bitmar.observability.system import SystemProbe, peak_tflops
 from bitmar.startup import StartUp
 from bitmar.version import code_version
+from bitmar.watch import Watch, Window, open_watch
 from shards.loader import CacheOptions, Loader, LoaderState, Shape, ShardSet, ValidationSet
 from shards.order import PhaseSpec
 from shards.record import DataError
-from shards.rows import Rows
-from shards.tokenizer import token_texts
-
-
-@dataclass
-class Window:
-    """What this rank did since the last log; `seconds` leaves out validation, checkpoints and logging."""
-
-    steps: int = 0
-    samples: int = 0
-    words: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    seconds: float = 0.0
-    work: Work = field(default_factory=Work)
-    sources: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # samples of each
-    written: tuple[int, ...] = ()  # slots of the last step that wrote any
-    last: tuple[LoaderState, Rates] | None = None  # of the last step
-
-
-@dataclass(frozen=True)
-class Probes:
-    """Held-out samples that are the same at every step, this rank's share of them."""
-
-    heads: tuple[Batch, ...] = ()
-    latents: tuple[Rows, ...] = ()
 
 
 @dataclass
@@ -84,16 +49,8 @@ class Run:
     saver: Saver
     milestones: WordMilestones
     sinks: Sink
-    statistics: Statistics
     held_out: dict[str, ValidationSet]  # by modality
-    layout: Layout
-    sizes: Sizes
-    probes: Probes
-    clock: StepClock
-    system: SystemProbe
-    peak_tflops: float | None  # of one rank's device, where it is known
-    history: History
-    board: Board | None  # of rank 0
+    watch: Watch
     counted: Tensor  # words and samples of all ranks since the last log, int64 [2]
     window: Window = field(default_factory=Window)
     validation: dict[str, float] = field(default_factory=dict)  # the last one
@@ -148,14 +105,6 @@ def assemble(
     last = last_step(config, lengths)
     finished = world.broadcast_object(progress.step >= last and summary_step(config) == progress.step)
     sinks = NullSink() if dry_run else open_run(config, world, progress, last, finished)
-    layout = Layout(
-        config.model,
-        world.size,
-        -(-world.size // world.local_size),
-        shards.source_names,
-        tuple(matrix.name for matrix in engine.matrices),
-    )
-    watched = (Cadence.START, Cadence.STEP, Cadence.ATTENTION, Cadence.LATENTS)
     run = Run(
         config=config,
         world=world,
@@ -170,17 +119,9 @@ def assemble(
         saver=Saver(config.run_directory, config.checkpoint, world),
         milestones=await_milestones(config, progress),
         sinks=sinks,
-        statistics=Statistics(select(schema_of(layout), *watched), world.device),
         held_out=held_out,
-        layout=layout,
-        sizes=sizes,
-        probes=open_probes(config, shards, held_out, world),
-        clock=StepClock(world.device),
-        system=SystemProbe(config.run_directory, world.device, world.rank // world.local_size),
-        peak_tflops=config.wandb.device_tflops or peak_tflops(world.device, engine.module.compute_dtype),
-        history=History.read(config.run_directory) if world.is_first else History(),
-        board=open_board(config, shards, layout) if world.is_first and not dry_run else None,
-        window=Window(sources=np.zeros(len(layout.sources), np.int64)),
+        watch=open_watch(config, shards, engine, (parameters, sizes), world, files=not dry_run),
+        window=Window.of(len(shards.source_names)),
         counted=torch.zeros(2, dtype=torch.int64, device=world.device),
         saved_at=progress.step or -1,
         finished=finished,
@@ -406,39 +347,6 @@ def open_validation(config: Config, shards: ShardSet, world: World) -> dict[str,
         )
         for modality in sorted(held)
     }
-
-
-def open_probes(config: Config, shards: ShardSet, held_out: dict[str, ValidationSet], world: World) -> Probes:
-    """Pairs of the validation split; none where it holds no pairs."""
-    wandb, batch = config.wandb, config.training.global_batch
-    if "pairs" not in held_out:
-        return Probes()
-
-    def chosen(samples: int) -> list[Rows]:
-        share = -(-samples // world.size)
-        micro_batch = min(share, config.micro_batch(world.size))
-        return list(
-            ValidationSet(
-                shards,
-                modality="pairs",
-                micro_batch=micro_batch,
-                row_tokens=config.data.row_tokens,
-                max_samples=samples,
-                rank=world.rank,
-                world=world.size,
-            ).batches()
-        )
-
-    heads = chosen(wandb.probe_samples or max(2, batch // 16)) if wandb.log_attention else []
-    latents = chosen(wandb.latent_samples or max(2, batch // 4)) if wandb.log_features else []
-    return Probes(tuple(Batch.from_rows(rows, world.device) for rows in heads), tuple(latents))
-
-
-def open_board(config: Config, shards: ShardSet, layout: Layout) -> Board | None:
-    """Where pictures are made from; None where the recipe asks for none."""
-    if not config.wandb.create_plots:
-        return None
-    return Board(config.run_directory, token_texts(shards.tokenizer), layout.matrices)
 
 
 def announce(run: Run) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitmar.assembly import Run, Window
+from bitmar.assembly import Run
 from bitmar.batch import IGNORE, Batch
 from bitmar.config import COMPONENTS
 from bitmar.engine.census import Census
@@ -34,6 +34,7 @@ from bitmar.observability.probes import fill_heads, fill_memory, gates_of, round
 from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import LATENTS, LOSS_NAMES, PARTS, TERNARY, title
 from bitmar.observability.stats import Statistics
+from bitmar.watch import Window
 from shards.rows import Rows
 
 SHOWN_CAPTIONS = 4  # of the probe set, in the picture of cross-modal attention
@@ -57,7 +58,7 @@ def is_log_due(run: Run, step: int) -> bool:
 def observe(run: Run, rows: list[Rows], result: StepResult) -> None:
     """Add a step to the statistics; nothing is read back from the device. Losses of an update that was left out would
     make the means of the others NaN."""
-    s = run.statistics
+    s = run.watch.statistics
     if not result.skipped:
         fill_losses(s, result, run.config.training.gradient_clip, run.world.size)
         if result.census is not None:
@@ -139,7 +140,7 @@ def fill_census(s: Statistics, census: Census, gradients: bool, quantization: bo
 
 def count_rows(run: Run, rows: list[Rows]) -> None:
     """What the step's rows held."""
-    s, w = run.statistics, run.window
+    s, w = run.watch.statistics, run.window
     tokens = sum(int((part.targets != IGNORE).sum()) for part in rows)
     slots = sum(part.targets.size for part in rows)
     s.add("Data/Padding_Efficiency", tokens, slots)
@@ -163,7 +164,7 @@ def work_of(rows: Rows) -> Work:
 
 def fill_progress(run: Run) -> None:
     """Where the run stands, the same on every rank."""
-    s, config = run.statistics, run.config
+    s, config = run.watch.statistics, run.config
     assert run.window.last is not None, "there was a step since the last log"
     state, rates = run.window.last
     phase = config.phases[state.phase]
@@ -182,8 +183,8 @@ def fill_progress(run: Run) -> None:
 
 def fill_throughput(run: Run) -> None:
     """This rank's rates and where its time went."""
-    s, w, rank = run.statistics, run.window, run.world.rank
-    seconds = run.clock.read()
+    s, w, rank = run.watch.statistics, run.window, run.world.rank
+    seconds = run.watch.clock.read()
     if not w.steps:  # all were left out
         return
     s.add("Throughput/Samples_Per_Second", w.samples / w.seconds)
@@ -197,7 +198,7 @@ def fill_throughput(run: Run) -> None:
     own = torch.zeros(run.world.size, dtype=torch.float64)
     own[rank] = (seconds.get("Data", 0.0) + seconds.get("Forward", 0.0)) / w.steps
     s.add("Throughput/Rank_Seconds", own.to(s.device))
-    for name, count in zip(run.layout.sources, w.sources.tolist(), strict=True):
+    for name, count in zip(run.watch.layout.sources, w.sources.tolist(), strict=True):
         s.add(f"Data/Source_Share_{name}", count, float(w.sources.sum()))
 
 
@@ -221,7 +222,7 @@ def fill_memory_state(s: Statistics, memory: MemoryState, written_last: Sequence
 
 def log(run: Run) -> None:
     """Reduce the statistics since the last log over all ranks and hand them to the sinks."""
-    s, w, config = run.statistics, run.window, run.config.wandb
+    s, w, config = run.watch.statistics, run.window, run.config.wandb
     words, samples = run.counted.tolist()
     run.counted.zero_()
     run.progress = dataclasses.replace(
@@ -236,19 +237,19 @@ def log(run: Run) -> None:
     fill_throughput(run)
     if config.log_memory:
         fill_memory_state(s, run.memory, w.written)
-    run.system.fill(s)
+    run.watch.system.fill(s)
     reduced = reduce(s, run.world)
     s.reset()
     run.progress = dataclasses.replace(run.progress, seconds=run.progress.seconds + w.seconds)
-    run.window = Window(sources=np.zeros_like(w.sources))
+    run.window = Window.of(len(w.sources))
     if run.world.is_first:
-        numbers = derive(reduced, run.layout, run.peak_tflops)
-        run.sinks.log(run.progress.step, numbers | run.history.add(numbers))
-        if run.board is not None:
+        numbers = derive(reduced, run.watch.layout, run.watch.peak_tflops)
+        run.sinks.log(run.progress.step, numbers | run.watch.history.add(numbers))
+        if run.watch.board is not None:
             kept = ("usage", "age", "written", "image_ids")
             memory = {name: run.memory.tensors()[name].cpu().numpy().copy() for name in kept}
-            run.board.take(run.progress.step, reduced.arrays, memory if config.log_memory else None)
-    run.clock.mark("Logging")
+            run.watch.board.take(run.progress.step, reduced.arrays, memory if config.log_memory else None)
+    run.watch.clock.mark("Logging")
 
 
 def gather_damage(run: Run) -> None:
@@ -266,26 +267,26 @@ def probe(run: Run) -> None:
     """Pass the probe set through the model where its cadence asks for it, just before the log that tells of it."""
     step, config = run.progress.step, run.config.wandb
     if config.log_attention and step % config.attention_log_interval == 0:
-        for batch in run.probes.heads:
+        for batch in run.watch.probes.heads:
             pass_heads(run, batch)
-    if config.log_features and step % config.pca_log_interval == 0 and run.probes.latents:
+    if config.log_features and step % config.pca_log_interval == 0 and run.watch.probes.latents:
         gather_latents(run)
 
 
 def pass_heads(run: Run, batch: Batch) -> None:
     """What the heads, the memory and the rounded activations of the probe set do; the gates' gradients alone are taken,
     by torch.autograd.grad: a backward pass would reach the engine's own gradients."""
-    s, written = run.statistics, run.memory.written
+    s, written = run.watch.statistics, run.memory.written
     with run.engine.frozen(), RoundingWatch(run, batch):
         outputs = run.engine.forward(batch, run.memory, heads=True)
         gradients = torch.autograd.grad(outputs.loss, gates_of(outputs.heads))
     fill_heads(s, outputs.heads, gradients, batch)
     read = outputs.heads["memory"][0].weights[:, 0]
     fill_memory(s, read, run.memory.values, written, batch.token_mask & batch.has_vision[:, None])
-    if run.board is not None and run.config.wandb.log_attention_maps:
+    if run.watch.board is not None and run.config.wandb.log_attention_maps:
         seen = outputs.heads["cross_modal"][-1].weights.mean(1)[:SHOWN_CAPTIONS]
         tokens = batch.tokens[:SHOWN_CAPTIONS] * batch.token_mask[:SHOWN_CAPTIONS]
-        run.board.take_captions(run.progress.step, tokens.cpu().numpy(), seen.float().cpu().numpy())
+        run.watch.board.take_captions(run.progress.step, tokens.cpu().numpy(), seen.float().cpu().numpy())
 
 
 class RoundingWatch:
@@ -313,8 +314,8 @@ class RoundingWatch:
         def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             (x,) = inputs
             sums = rounding_sums(x, self._asked(name, x))
-            self._run.statistics.add(zero, sums[0], sums[1])
-            self._run.statistics.add(error, sums[2], sums[3])
+            self._run.watch.statistics.add(zero, sums[0], sums[1])
+            self._run.watch.statistics.add(error, sums[2], sums[3])
 
         return add
 
@@ -333,7 +334,7 @@ def gather_latents(run: Run) -> None:
     """Latents of the second probe set, of all ranks, and what they tell together."""
     parts: list[list[Tensor]] = []
     with run.engine.frozen():
-        for rows in run.probes.latents:
+        for rows in run.watch.probes.latents:
             batch = Batch.from_rows(rows, run.world.device)
             out = run.engine.forward(batch, run.memory)
             sources = torch.from_numpy(rows.sources).to(run.world.device)
@@ -343,7 +344,7 @@ def gather_latents(run: Run) -> None:
     text, vision, episodes, vectors, ids, sources = (x[joined[-1]] for x in joined[:-1])
     if len(text) < 2:
         return
-    s = run.statistics
+    s = run.watch.statistics
     for name, latents in zip(LATENTS, (text, vision, episodes), strict=True):
         s.same(f"Features/{name}_Effective_Rank", effective_rank(latents))
     own, other = similarity(text, vision, ids)
@@ -355,17 +356,17 @@ def gather_latents(run: Run) -> None:
     mse, l1 = reconstruction(episodes, vectors)
     s.same("Features/Vision_Reconstruction_MSE", mse)
     s.same("Features/Vision_Reconstruction_L1", l1)
-    if run.board is not None and run.config.wandb.log_feature_pca:
-        values = {"sources": sources.cpu().numpy(), "names": np.array(run.layout.sources)}
+    if run.watch.board is not None and run.config.wandb.log_feature_pca:
+        values = {"sources": sources.cpu().numpy(), "names": np.array(run.watch.layout.sources)}
         for name, latents in (("text", text), ("vision", vision)):
             plane, shares = principal_plane(latents)
             values |= {name: plane.cpu().numpy(), f"{name}_shares": shares.cpu().numpy()}
-        run.board.take_latents(run.progress.step, values)
+        run.watch.board.take_latents(run.progress.step, values)
 
 
 def draw(run: Run) -> None:
     """Have pictures made after the last step of an epoch whose number the recipe names, and show those made."""
-    board, last = run.board, run.window.last
+    board, last = run.watch.board, run.window.last
     if board is None:
         return
     if last is not None:
@@ -378,20 +379,20 @@ def draw(run: Run) -> None:
 
 def show_pictures(run: Run) -> None:
     """Hand pictures that have become ready to the sinks."""
-    if run.board is None:
+    if run.watch.board is None:
         return
-    for step, path in run.board.pictures():
+    for step, path in run.watch.board.pictures():
         run.sinks.image(step, f"Plots/{path.stem}", path)
-    for problem in run.board.problems():
+    for problem in run.watch.board.problems():
         run.sinks.event("warning", message=problem)
 
 
 def log_start(run: Run) -> None:
     """What does not change: the sizes of the model, once for a run."""
-    s, sizes = run.statistics, run.sizes
-    for name, count in run.parameters.items():
+    s, sizes = run.watch.statistics, run.watch.sizes
+    for name, count in run.watch.parameters.items():
         s.same(f"Model/Parameters_{title(name)}", count)
-    s.same("Model/Parameters_Total", sum(run.parameters.values()))
+    s.same("Model/Parameters_Total", sum(run.watch.parameters.values()))
     s.same("Model/Size_MB_Full", sizes.full / 1e6)
     s.same("Model/Size_MB_Packed", sizes.packed / 1e6)
     s.same("Model/Compression_Ratio", sizes.full / sizes.packed)

@@ -11,12 +11,13 @@ import statistics
 
 import torch
 
-from bitmar.assembly import Run, Window, await_milestones, open_loader
+from bitmar.assembly import Run, await_milestones, open_loader
 from bitmar.batch import Batch
 from bitmar.engine import checkpoint
 from bitmar.engine.faults import TrainingError, is_spike, save_batches
 from bitmar.engine.step import StepResult
 from bitmar.saving import tell_saved
+from bitmar.watch import Window
 
 
 def count_skips(run: Run, batches: list[Batch], result: StepResult) -> None:
@@ -95,9 +96,9 @@ def go_back(run: Run, left_out: list[int]) -> bool:
         checkpoint.set_aside_later(chosen)  # a resumed run must not take them
     run.world.barrier()
     run.loader = open_loader(run.config, run.shards, run.progress, run.world)
-    run.statistics.reset()
+    run.watch.statistics.reset()
     run.counted.zero_()
-    run.window = Window(sources=run.window.sources * 0)
+    run.window = Window.of(len(run.window.sources))
     run.saved_at, run.save_due, run.validated_at = run.progress.step, False, -1
     run.milestones, run.milestones_due = await_milestones(run.config, run.progress), ()
     cut = run.sinks.truncate_after(run.progress.step)

@@ -138,11 +138,11 @@ def loop(run: Run) -> None:
     steps = iter(run.loader)
     while run.progress.step < run.last_step:
         started = time.perf_counter()
-        run.clock.start()
+        run.watch.clock.start()
         run.guard.beat("waiting for data", run.progress.step)
         state, rows = next_step(run, steps)
         run.guard.beat("training", run.progress.step)
-        run.clock.mark("Data")
+        run.watch.clock.mark("Data")
         run.start_up.mark("first_batch")
         rates = rates_at(run.progress.step, total, config.optimizer)
         if run.progress.step in run.progress.left_out:
@@ -151,7 +151,7 @@ def loop(run: Run) -> None:
             phase = config.phases[state.phase]
             run.engine.set_rates(rates, phase.train)
             batches = [Batch.from_rows(part, run.world.device) for part in rows]
-            watch = (run.clock, is_observed(run))
+            watch = (run.watch.clock, is_observed(run))
             result = train_step(run.engine, batches, run.memory, phase, config, run.world, run.progress.step, *watch)
             if recovery.undo_spike(run, result):
                 steps = iter(run.loader)
@@ -160,7 +160,7 @@ def loop(run: Run) -> None:
             run.memory = result.memory
             advance(run, state, result)
             observe(run, rows, result)
-            run.clock.mark("Logging")
+            run.watch.clock.mark("Logging")
             if run.start_up.mark("first_step"):
                 run.sinks.event("started", step=run.progress.step, seconds=run.start_up.seconds, **run.start_up.parts)
             run.window.seconds += time.perf_counter() - started
@@ -173,11 +173,11 @@ def loop(run: Run) -> None:
             log(run)
         if step % config.validation.every_steps == 0:
             hold_validation(run)
-        run.clock.start()
+        run.watch.clock.start()
         if saves:
             save(run)
         tell_saved(run, run.saver.poll())
-        run.clock.mark("Checkpoint")
+        run.watch.clock.mark("Checkpoint")
         draw(run)
 
 
@@ -245,7 +245,7 @@ def hold_validation(run: Run) -> float | None:
     """Score the held-out rows, log them, and return Validation/Loss (of text where there are no captions)."""
     step = run.progress.step
     if run.validated_at != step and run.held_out:
-        statistics = Statistics(select(schema_of(run.layout), Cadence.VALIDATION), run.world.device)
+        statistics = Statistics(select(schema_of(run.watch.layout), Cadence.VALIDATION), run.world.device)
         run.engine.train(False)
         sets = run.held_out.get("pairs"), run.held_out.get("text")
 
@@ -258,7 +258,7 @@ def hold_validation(run: Run) -> float | None:
         run.engine.train(True)
         run.validation, run.validated_at = reduce(statistics, run.world).numbers, step
         run.progress = dataclasses.replace(run.progress, validation_due=False)
-        run.sinks.log(step, run.validation | run.history.add(run.validation))
+        run.sinks.log(step, run.validation | run.watch.history.add(run.validation))
     return run.validation.get("Validation/Loss", run.validation.get("Validation/Loss_Text"))
 
 
@@ -273,8 +273,8 @@ def finish(run: Run) -> None:
     if not run.world.is_first:
         return
     directory = run.config.run_directory
-    if run.board is not None:
-        run.board.close()
+    if run.watch.board is not None:
+        run.watch.board.close()
         for path in write_plots(directory, [phase.name for phase in run.config.phases], run.shards.generated):
             run.sinks.image(run.progress.step, f"Plots/{path.stem}", path)
         show_pictures(run)

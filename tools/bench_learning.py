@@ -184,7 +184,7 @@ def train_plain(data: Data, seed: int, seconds: float, world: World, peak_rate: 
         logits, nothing = model(batch.tokens, batch.vision), torch.zeros(0)
         losses = F.cross_entropy(logits.mT, batch.targets, ignore_index=IGNORE, reduction="none")
         sides = (nothing, nothing, nothing, nothing, nothing, nothing, nothing)
-        return Outputs(losses.sum(), losses, logits.argmax(-1) == batch.targets, logits, *sides, recalled=None)
+        return Outputs(losses.sum(), losses, logits.argmax(-1) == batch.targets, logits, *sides, None, nothing, {})
 
     def nats(vision: Any) -> float:
         state = MemoryState.empty(1, 1)

@@ -353,7 +353,8 @@ def _fill(text: str, given: Mapping[str, str]) -> str:
 
 def find(name: str) -> Metric | None:
     """The line of the list that a logged name stands for, with that name; None where there is none."""
-    for template in TEMPLATES:
+    plain = [template for template in TEMPLATES if template.name == name]
+    for template in plain or TEMPLATES:
         pattern = _PLACEHOLDER.sub("@", template.name)
         if re.fullmatch(re.escape(pattern).replace("@", ".+"), name):
             return replace(template, name=name)
@@ -365,4 +366,5 @@ def select(schema: Iterable[Metric], *cadences: Cadence) -> tuple[Metric, ...]:
     return tuple(metric for metric in schema if metric.cadence in cadences)
 
 
-SCHEMA = schema_of(Layout())  # of a model of the default sizes on one rank
+# What is logged of a model of the default sizes on one rank
+SCHEMA = tuple(metric for metric in schema_of(Layout()) if not metric.of)

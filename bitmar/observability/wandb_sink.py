@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from bitmar.config import WandbConfig
-from bitmar.observability.schema import STEP_METRIC, Cadence, select
+from bitmar.observability.schema import SCHEMA, STEP_METRIC, Cadence, select
 from bitmar.observability.wandb_panels import save_report
 
 WandbMode = Literal["online", "offline", "disabled"]
@@ -39,7 +39,7 @@ _CLOSE_FAILED_S = 10.0  # a run that failed or was asked to stop ends soon; `wan
 _FLUSH_S = 2.0  # between writes to the .wandb file, which `wandb leet` shows
 _WHY_LENGTH = 500  # of an error's text
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
-_STEP_NAMES = frozenset(metric.name for metric in select(Cadence.STEP))
+_STEP_NAMES = frozenset(metric.name for metric in select(SCHEMA, Cadence.STEP))
 
 
 class Tells(Protocol):

@@ -7,6 +7,7 @@ computation over the joined data in one process: ZeRO 0 to 3 and offload, accumu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitmar import observing
-from bitmar.assembly import Probes, Window
 from bitmar.batch import IGNORE, Batch
 from bitmar.config import COMPONENTS, Config, DataConfig, EngineConfig, PhaseConfig, TrainingConfig
 from bitmar.engine.schedule import Rates
@@ -41,6 +41,7 @@ from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import TEMPLATES, Cadence, Layout, Metric, schema_of, select, title
 from bitmar.observability.stats import Statistics
 from bitmar.observability.system import SystemProbe
+from bitmar.watch import Probes, Window
 from shards.loader import LoaderState
 from shards.rows import Rows
 from tests.support.batches import caption_batch, slice_batch, small_model, text_batch
@@ -117,24 +118,27 @@ def measure_one(world: World, folder: Path, config: Config) -> dict[str, Any]:
     layout = Layout(config.model, world.size, world.size, SOURCES, tuple(m.name for m in engine.matrices))
     statistics = Statistics(schema_of(layout))
     mine = probe_batch(world.rank)
-    run: Any = SimpleNamespace(
-        config=config,
-        world=world,
-        engine=engine,
+    watch = SimpleNamespace(
         layout=layout,
         statistics=statistics,
         parameters=parameters,
         sizes=sizes,
+        probes=Probes((mine,), (rows_of(mine, [world.rank, 1, 2, 0]),)),
+        clock=SimpleNamespace(read=lambda: SECONDS[world.rank]),
+        peak_tflops=0.5,
+        board=None,
+    )
+    run: Any = SimpleNamespace(
+        config=config,
+        world=world,
+        engine=engine,
+        watch=watch,
         lengths=[10],
         damaged={("a", "b")},
-        board=None,
-        peak_tflops=0.5,
         loader=SimpleNamespace(wait_seconds=0.25),
         memory=MemoryState.empty(config.model.memory_size, config.model.episode_dim),
         window=Window(sources=np.zeros(len(SOURCES), np.int64), last=(LoaderState(0, 4), RATES)),
         progress=SimpleNamespace(step=5, words=777, skipped=3),
-        clock=SimpleNamespace(read=lambda: SECONDS[world.rank]),
-        probes=Probes((mine,), (rows_of(mine, [world.rank, 1, 2, 0]),)),
         logged=[],
     )
     run.sinks = SimpleNamespace(log=lambda step, numbers: run.logged.append(numbers))
@@ -158,8 +162,8 @@ def measure_one(world: World, folder: Path, config: Config) -> dict[str, Any]:
 
 
 def finish_measuring(run: Any, folder: Path, told: dict[str, Any]) -> None:
-    statistics, world = run.statistics, run.world
-    for batch in run.probes.heads:
+    statistics, world = run.watch.statistics, run.world
+    for batch in run.watch.probes.heads:
         observing.pass_heads(run, batch)
     observing.gather_latents(run)
     observing.fill_progress(run)
@@ -171,9 +175,9 @@ def finish_measuring(run: Any, folder: Path, told: dict[str, Any]) -> None:
     process = psutil.Process()
     told["process"] = [world.gather_objects(x) for x in (process.memory_info().rss, process.num_fds())]
     payload = reduce(statistics, world)
-    told["numbers"] = derive(payload, run.layout, run.peak_tflops)
+    told["numbers"] = derive(payload, run.watch.layout, run.watch.peak_tflops)
     told["window"] = world.gather_objects((run.window.samples, run.window.words, run.window.tokens))
-    validation = Statistics(select(schema_of(run.layout), Cadence.VALIDATION))
+    validation = Statistics(select(schema_of(run.watch.layout), Cadence.VALIDATION))
     run.engine.train(False)
     text = HeldOut(text_batch(rows=3, seed=90 + world.rank))
     captions: Any = HeldOut(validation_batch(world.rank))
@@ -382,11 +386,11 @@ class Joined:
         seen: list[tuple[Tensor, Tensor]] = []
         model = self.model(2).eval()
         for batch in self.probed[0]:
-            handles = [
-                module.register_forward_pre_hook(lambda _, args, n=name, b=batch: seen.append(rounded(n, b, *args)))
-                for name, module in model.named_modules()
-                if isinstance(module, BitLinear) and title(name.split(".")[0]) == component
-            ]
+            handles = []
+            for name, module in model.named_modules():
+                if isinstance(module, BitLinear) and title(name.split(".")[0]) == component:
+                    hook = functools.partial(take_rounding, seen, name, batch)
+                    handles.append(module.register_forward_pre_hook(hook))
             model(batch, self.memory(2), heads=True)  # as the probes: fused attention rounds differently
             for handle in handles:
                 handle.remove()
@@ -447,7 +451,7 @@ class Joined:
         for place, slot in enumerate(at):
             values[slot] = memory.values[at[place - 1]]
         others = dataclasses.replace(memory, values=values)
-        empty = MemoryState.empty(*memory.keys.shape)
+        empty = MemoryState.empty(len(memory.keys), memory.keys.shape[1])
         captions = [validation_batch(rank) for rank in range(RANKS)]
         turned = [b.replace(vision=b.vision.roll(1, 0)) for b in captions]
         text = [text_batch(rows=3, seed=90 + rank) for rank in range(RANKS)]
@@ -532,7 +536,13 @@ class Joined:
         return counted.count(SOURCES.index(name)) / len(counted)
 
 
-def rounded(name: str, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+def take_rounding(
+    seen: list[tuple[Tensor, Tensor]], name: str, batch: Batch, _: Any, inputs: tuple[Tensor, ...]
+) -> None:
+    seen.append(rounded(name, batch, *inputs))
+
+
+def rounded(name: str, batch: Batch, x: Any) -> tuple[Tensor, Tensor]:
     """(real inputs of a layer, what they are rounded to)."""
     if x.ndim == 2:
         mask = batch.pair_mask

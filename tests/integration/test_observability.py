@@ -24,6 +24,7 @@ from bitmar.observability.sinks import open_sinks
 from bitmar.observability.stats import Statistics
 
 WORLD_SIZE = 2
+FILLED = [metric for metric in SCHEMA if metric.reduction is not Reduction.DERIVED]
 LEAST = Metric("Data/Least", "1", Reduction.MIN, Cadence.STEP, "the schema has no minimum of its own")
 Fill = list[tuple[float, float]]  # (value, count) by step
 
@@ -37,7 +38,7 @@ class World:
 def fills(rank: int) -> dict[str, Fill]:
     """What a rank sees: 5 steps a metric, different on each rank; on every third metric rank 1 sees nothing."""
     seen: dict[str, Fill] = {}
-    for index, metric in enumerate(SCHEMA):
+    for index, metric in enumerate(FILLED):
         draw = random.Random(f"{metric.name} {'all' if metric.reduction is Reduction.SAME else rank}")
         steps = [(draw.uniform(-3, 9), float(draw.randint(1, 64))) for _ in range(5)]
         nothing = rank == 1 and index % 3 == 0 and metric.reduction is not Reduction.SAME
@@ -54,6 +55,9 @@ def expected(metric_name: str, reduction: Reduction) -> float:
         Reduction.SUM: math.fsum(values),
         Reduction.MEAN: mean,
         Reduction.EXP_MEAN: math.exp(mean),
+        Reduction.STD: math.sqrt(math.fsum(value**2 / count for value, count in joined) / total_count - mean**2),
+        Reduction.ROOT_SUM: math.sqrt(math.fsum(map(abs, values))),
+        Reduction.ROOT_MEAN: math.sqrt(math.fsum(map(abs, values)) / total_count),
         Reduction.MAX: max(values),
         Reduction.MIN: min(values),
         Reduction.SAME: fills(0)[metric_name][-1][0],
@@ -62,13 +66,16 @@ def expected(metric_name: str, reduction: Reduction) -> float:
 
 def filled(rank: int) -> Statistics:
     stats = Statistics()
-    kinds = {metric.name: metric.reduction for metric in SCHEMA}
+    kinds = {metric.name: metric.reduction for metric in FILLED}
     for name, steps in fills(rank).items():
         for value, count in steps:
             if kinds[name] is Reduction.SAME:
                 stats.same(name, torch.tensor(value, dtype=torch.float64))
+            elif kinds[name] in (Reduction.ROOT_SUM, Reduction.ROOT_MEAN):
+                stats.add(name, torch.tensor(abs(value), dtype=torch.float64), count)
             elif kinds[name] not in (Reduction.MAX, Reduction.MIN):
-                stats.add(name, torch.tensor(value, dtype=torch.float64), count)
+                squares = value**2 / count if count else 0.0  # of `count` numbers that are alike
+                stats.add(name, torch.tensor(value, dtype=torch.float64), count, squares)
             elif count:
                 stats.peak(name, value)
     return stats
@@ -89,10 +96,11 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     torch.distributed.all_reduce = counted
     world, stats = World(WORLD_SIZE, rank), filled(rank)
     result = reduce(stats, world)
+    sent = [len(arguments[0]) for arguments in calls]
     collectives = len(calls)
 
     stats.reset()
-    empty = reduce(stats, world)
+    empty = reduce(stats, world).numbers
     if rank == 1:  # only one rank sees trouble
         stats.add("Training/Loss", math.nan)
         stats.peak("System/Memory_RSS", math.nan)
@@ -100,15 +108,22 @@ def rank_main(rank: int, port: int, folder: str) -> None:
         stats.add("Training/Loss", 1.0)
         stats.peak("System/Memory_RSS", 5.0)
         stats.peak("System/GPU_Memory_Peak", 7.0)
-    trouble = reduce(stats, world)
+    trouble = reduce(stats, world).numbers
 
     sink = open_sinks(Path(folder) / "run", rank, wandb=WandbConfig(enabled=False), name="n", run_id="i", config={})
-    sink.log(5, result)
+    sink.log(5, result.numbers)
     sink.close()
     least = Statistics([LEAST])
     least.peak(LEAST.name, 3.0 - rank)
-    least_result = reduce(least, world)
-    report = {"result": result, "collectives": collectives, "empty": empty, "trouble": trouble, "least": least_result}
+    least_result = reduce(least, world).numbers
+    report = {
+        "result": result.numbers,
+        "sent": sent,
+        "collectives": collectives,
+        "empty": empty,
+        "trouble": trouble,
+        "least": least_result,
+    }
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()
 
@@ -123,7 +138,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 
-@pytest.mark.parametrize("metric", SCHEMA, ids=lambda metric: metric.name)
+@pytest.mark.parametrize("metric", FILLED, ids=lambda metric: metric.name)
 def test_metric_is_true_of_both_ranks(two_ranks: tuple[Path, list[dict[str, Any]]], metric: Any) -> None:
     for report in two_ranks[1]:
         assert report["result"][metric.name] == pytest.approx(
@@ -132,8 +147,8 @@ def test_metric_is_true_of_both_ranks(two_ranks: tuple[Path, list[dict[str, Any]
 
 
 def test_every_kind_of_reduction_is_walked_with_an_empty_rank() -> None:
-    assert {metric.reduction for metric in (*SCHEMA, LEAST)} == set(Reduction)
-    emptied = {m.reduction for m in SCHEMA if not any(count for _, count in fills(1)[m.name])}
+    assert {metric.reduction for metric in (*FILLED, LEAST)} == set(Reduction) - {Reduction.DERIVED}
+    emptied = {m.reduction for m in FILLED if not any(count for _, count in fills(1)[m.name])}
     assert emptied >= {Reduction.SUM, Reduction.MEAN, Reduction.MAX}
 
 
@@ -144,7 +159,7 @@ def test_least_of_both_ranks(two_ranks: tuple[Path, list[dict[str, Any]]]) -> No
 def test_two_collectives_and_the_same_keys(two_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     for report in two_ranks[1]:
         assert report["collectives"] <= 2
-        assert set(report["result"]) == {metric.name for metric in SCHEMA}
+        assert set(report["result"]) == {metric.name for metric in FILLED}
         assert report["empty"] == {}
 
 
@@ -159,5 +174,5 @@ def test_only_rank_0_writes(two_ranks: tuple[Path, list[dict[str, Any]]]) -> Non
     run_dir = two_ranks[0] / "run"
     assert sorted(path.name for path in run_dir.iterdir()) == ["events.jsonl", "log.txt", "metrics.jsonl"]
     series = read_series(run_dir / "metrics.jsonl")
-    assert set(series) == {metric.name for metric in SCHEMA}
+    assert set(series) == {metric.name for metric in FILLED}
     assert all(len(steps) == 1 for steps, _ in series.values())

@@ -65,7 +65,7 @@ def contrastive_parts(world: World) -> dict[str, Tensor]:
     here = slice(first, first + sum(map(len, mine)))
     batch, nothing = packed_captions(caption_batch(rows=17, length=6), mine, 24, slots=4), torch.zeros(0)
     latents = (None, text[here], image[here], temperature)
-    outputs = Outputs(nothing, nothing, nothing, *latents, nothing, nothing, nothing, nothing, None)
+    outputs = Outputs(nothing, nothing, nothing, *latents, nothing, nothing, nothing, nothing, None, nothing, {})
     loss = contrastive_loss(outputs, batch, world, group=8)
     loss.backward()
     grads = {"text": text.grad, "image": image.grad, "temperature": temperature.grad}

@@ -63,7 +63,7 @@ def recipe(shards: Path, directory: Path, name: str, stage: int = 1) -> dict[str
         "engine": {"ds_config": str(ROOT / f"ds_configs/zero{stage}.json"), "threads_per_rank": 1},
         "checkpoint": {"every_steps": 5, "keep_last": 2},
         "validation": {"every_steps": 5, "max_samples": 24, "micro_batch": 8},
-        "wandb": {"log_every_n_steps": 1, "enabled": False},
+        "wandb": {"log_every_n_steps": 1, "attention_log_interval": 5, "pca_log_interval": 10, "enabled": False},
         "phases": [
             {
                 "name": "text",
@@ -97,8 +97,9 @@ def tiny_config(folder: Path, shards: Path, directory: Path, name: str, *overrid
 
 
 def metrics(run_directory: Path, after: int = -1) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl of steps after `after`, without what a clock or the process's memory tells."""
-    timed = ("Throughput/", "System/", "Data/Wait_Seconds", "time")
+    """The lines of metrics.jsonl of steps after `after`, without what a clock, the process's memory or the log
+    before tells, which a start does not remember."""
+    timed = ("Throughput/", "System/", "Data/Wait_Seconds", "time", "Quantization/Flips")
     lines = (line for line in read_lines(run_directory / METRICS_FILE) if line["Training/Step"] > after)
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
 

@@ -71,8 +71,8 @@ bitmar.observability.schema
 bitmar.observability.stats
 bitmar.observability.features bitmar.observability.probes
 bitmar.observability.reduce
-bitmar.observability.derived
 bitmar.observability.records
+bitmar.observability.derived bitmar.observability.system bitmar.observability.board
 bitmar.observability.plots
 bitmar.observability.console bitmar.observability.alerts
 bitmar.observability.wandb_panels
@@ -80,8 +80,9 @@ bitmar.observability.wandb_sink
 bitmar.observability.sinks
 bitmar.evaluation
 bitmar.export
+bitmar.watch
 bitmar.assembly
-bitmar.saving
+bitmar.observing bitmar.saving
 bitmar.recovery
 bitmar.plan
 bitmar.rehearsal

@@ -54,7 +54,7 @@ def test_a_short_curve_is_not_touched() -> None:
 
 
 def test_find_knows_the_schema() -> None:
-    assert all(find(metric.name) is metric for metric in SCHEMA)
+    assert all(find(metric.name) == metric for metric in SCHEMA)
     assert find("Novel/Never_Heard_Of") is None
 
 
