@@ -263,7 +263,7 @@ class Joined:
         for batch, out in zip(self.batches, self.trained[1], strict=True):
             assert out.recalled is not None
             cosines.append(F.cosine_similarity(out.recalled[:, cue], out.episodes)[batch.pair_mask])
-        return float(torch.cat(cosines).mean())
+        return float(torch.cat(cosines).detach().mean())
 
     def gradients(self, component: str | None) -> Tensor:
         """All numbers of the true gradient of a component, or of all."""
