@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from statistics import median
+from typing import Any
 
 import torch.multiprocessing as mp
 
@@ -16,7 +17,7 @@ from bitmar.config import Config
 from bitmar.engine.checkpoint import Progress
 from bitmar.engine.schedule import rates_at
 from bitmar.engine.step import train_step
-from bitmar.engine.world import free_port, join_world, leave_world
+from bitmar.engine.world import World, free_port, join_world, leave_world
 from bitmar.engine.zero import ZeroEngine
 from bitmar.model.memory import MemoryState
 from tools.data_bench.records import ROOT
@@ -38,7 +39,7 @@ def rank_rows(bench: Bench) -> Iterator[Row]:
             f"engine.ds_config={ROOT / 'ds_configs' / f'zero{stage}.json'}",
             *(["training.global_batch=64"] if bench.quick else []),
         )
-        one, two = Group(config, 1), Group(config, 2)
+        one, two = Group(_rank, 1, config), Group(_rank, 2, config)
         ratios, rates = list[float](), list[tuple[float, float]]()
         for turn in range(3 if bench.quick else 9):
             alone, together = one.seconds(1), two.seconds(1)
@@ -63,27 +64,32 @@ def rank_rows(bench: Bench) -> Iterator[Row]:
 class Group:
     """The ranks of a world, each on a core of its own, that train when they are told to."""
 
-    def __init__(self, config: Config, size: int) -> None:
+    def __init__(self, main: Callable[..., None], size: int, *arguments: object) -> None:
+        """main(world, link, *arguments) in each rank, which answers what the link brings until that is 0."""
         context, port = mp.get_context("spawn"), free_port()
         pairs = [context.Pipe() for _ in range(size)]
         self.links = [mine for mine, _ in pairs]
         self.ranks = [
-            context.Process(target=_rank, args=(rank, size, port, config, theirs), daemon=True)
+            context.Process(target=_join, args=(rank, size, port, main, theirs, arguments), daemon=True)
             for rank, (_, theirs) in enumerate(pairs)
         ]
         for rank in self.ranks:
             rank.start()
 
-    def seconds(self, steps: int) -> float:
-        """Time that the slowest rank takes for so many steps."""
+    def ask(self, question: object) -> list[Any]:
+        """What each rank answers."""
         for link in self.links:
-            link.send(steps)
-        taken = []
+            link.send(question)
+        answers = []
         for link in self.links:
             if not link.poll(WAIT_S):
                 raise RuntimeError("a rank of the benchmark does not answer")
-            taken.append(link.recv())
-        return max(taken)
+            answers.append(link.recv())
+        return answers
+
+    def seconds(self, steps: int) -> float:
+        """Time that the slowest rank takes for so many steps."""
+        return max(self.ask(steps))
 
     def close(self) -> None:
         for link in self.links:
@@ -92,13 +98,20 @@ class Group:
             rank.join()
 
 
-def _rank(rank: int, size: int, port: int, config: Config, link: Connection) -> None:
+def _join(
+    rank: int, size: int, port: int, main: Callable[..., None], link: Connection, arguments: tuple[object, ...]
+) -> None:
+    os.dup2(2, 1)  # rows alone go to standard output
     warnings.filterwarnings("ignore", category=FutureWarning)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world = join_world(threads=1)
+    main(join_world(threads=1), link, *arguments)
+    leave_world()
+
+
+def _rank(world: World, link: Connection, config: Config) -> None:
     shards = open_shards(config)
     engine = ZeroEngine(build_model(config, shards, world), config, world)
     loader = open_loader(config, shards, Progress("none"), world)
@@ -112,4 +125,3 @@ def _rank(rank: int, size: int, port: int, config: Config, link: Connection) -> 
         world.barrier()
         taken += steps
         link.send(time.perf_counter() - began)
-    leave_world()
