@@ -266,6 +266,7 @@ def gather_damage(run: Run) -> None:
 def probe(run: Run) -> None:
     """Pass the probe set through the model where its cadence asks for it, just before the log that tells of it."""
     step, config = run.progress.step, run.config.wandb
+    run.guard.beat("probing", step)
     if config.log_attention and step % config.attention_log_interval == 0:
         for batch in run.watch.probes.heads:
             pass_heads(run, batch)

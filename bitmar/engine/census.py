@@ -6,12 +6,11 @@ Symbols: C components (bitmar.config.COMPONENTS), M ternary matrices. All sums a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bitmar.config import COMPONENTS
@@ -21,6 +20,7 @@ from bitmar.model.quantize import BitLinear
 
 SAMPLE = 16  # one weight in so many is watched for flips
 BITS, A_BYTE = 2, 4  # of a ternary value, values in a byte
+CHUNK = 2**20  # numbers that are summed in fp32 before their sum goes on in fp64
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Matrix:
     parameter: str
     start: int
     stop: int
-    scale: Callable[[], Tensor]  # gamma of the last forward pass, or of the weight as it is
 
 
 @dataclass(frozen=True)
@@ -51,66 +50,71 @@ class Census:
 class Watched:
     """The ternary values of a fixed 1 in 16 of this rank's weights, four in a byte."""
 
-    packed: dict[str, Tensor] = field(default_factory=dict)
+    packed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.uint8))
 
-    def flips(self, key: str, values: Float[Tensor, "N"]) -> Tensor | None:
-        """How many differ from those of the last call, which they replace; None at the first."""
-        digits = (values + 1).to(torch.uint8)
-        digits = torch.nn.functional.pad(digits, (0, -len(digits) % A_BYTE)).view(-1, A_BYTE)
-        packed = digits[:, 0].clone()
-        for place in range(1, A_BYTE):
-            packed |= digits[:, place] << (BITS * place)
-        before = self.packed.get(key)
-        self.packed[key] = packed
-        if before is None:
+    def changed(self, values: Float[Tensor, "N"]) -> Bool[Tensor, "N"] | None:
+        """Which differ from those of the last call, which they replace; None at the first."""
+        digits = torch.nn.functional.pad((values + 1).to(torch.uint8), (0, -len(values) % A_BYTE)).view(-1, A_BYTE)
+        shifts = torch.arange(0, BITS * A_BYTE, BITS, dtype=torch.uint8, device=values.device)
+        packed = (digits << shifts).sum(1, dtype=torch.uint8)
+        before, self.packed = self.packed, packed
+        if len(before) != len(packed):
             return None
-        changed = before ^ packed
-        return sum(((changed >> (BITS * place)) & 3 != 0).sum() for place in range(A_BYTE))  # type: ignore[return-value]
+        return (((before ^ packed)[:, None] >> shifts) & 3).bool().view(-1)[: len(values)]
 
 
 def matrices_of(model: BitMar) -> list[Matrix]:
     """The ternary matrices of a model, in its order; call it before an engine takes the parameters apart."""
     found = []
-    for name, module in model.named_modules():
-        if not isinstance(module, BitLinear) or not module.quantized:
-            continue
+    for name, module in rounded_layers(model):
         start, inputs = 0, module.weight.shape[1]
         for section, rows in enumerate(module.sections):
             label = f"{name}.{section}" if len(module.sections) > 1 else name
             stop = start + rows * inputs
-            scale = _scale_of(module, section)
-            found.append(Matrix(label, name.split(".")[0], f"{name}.weight", start, stop, scale))
+            found.append(Matrix(label, name.split(".")[0], f"{name}.weight", start, stop))
             start = stop
     return found
 
 
-def _scale_of(module: BitLinear, section: int) -> Callable[[], Tensor]:
-    def scale() -> Tensor:
+def rounded_layers(model: BitMar) -> list[tuple[str, BitLinear]]:
+    """The layers of a model whose weights are ternary, by name."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, BitLinear) and m.quantized]
+
+
+def scales_of(model: BitMar, device: torch.device) -> Float[Tensor, "M"]:
+    """gamma of each matrix: what the last forward pass kept, or of the weights as they are."""
+    found = []
+    for _, module in rounded_layers(model):
         kept = module.scale if module.keeps_scale else module.section_scales()
         assert kept is not None, "a forward pass has left its scales behind"
-        return kept[section]
-
-    return scale
+        found.append(kept)
+    return torch.cat(found) if found else torch.zeros(0, device=device)
 
 
 def gradient_sums(pieces: Iterable[Fragment], device: torch.device) -> tuple[Tensor, Tensor]:
     """(Census.gradients, Census.sizes) of fragments whose tensor is "gradient"."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in COMPONENTS}
-    sizes = torch.zeros(len(COMPONENTS), dtype=torch.float64)
+    rows, owners, sizes = list[Tensor](), list[int](), torch.zeros(len(COMPONENTS), dtype=torch.float64)
     for piece in pieces:
-        g = piece.tensors["gradient"]
-        square = torch.linalg.vector_norm(g, dtype=torch.float64).square()
-        largest, bad = torch.linalg.vector_norm(g, math.inf), (~g.isfinite()).sum()
-        sums = [g.sum(dtype=torch.float64), square, largest.double(), bad.double()]
-        parts[component_of(piece.name)].append(torch.stack(sums))
-        sizes[COMPONENTS.index(component_of(piece.name))] += g.numel()
+        whole, owner = piece.tensors["gradient"], _row_of(piece.name)
+        sizes[owner] += len(whole)
+        for g in whole.split(CHUNK):
+            least, most = torch.aminmax(g)
+            rows.append(torch.stack([g.sum(), torch.dot(g, g), torch.maximum(most, -least), _nonfinite(g)]))
+            owners.append(owner)
     out = torch.zeros(len(COMPONENTS), 4, dtype=torch.float64, device=device)
-    for row, name in enumerate(COMPONENTS):
-        if parts[name]:
-            table = torch.stack(parts[name]).to(device)
-            out[row] = table.sum(0)
-            out[row, 2] = table[:, 2].amax()  # hands NaN on
+    if rows:
+        table, of = torch.stack(rows).to(device, torch.float64), torch.tensor(owners, device=device)
+        largest = out[:, 2].scatter_reduce(0, of, table[:, 2], "amax")  # hands NaN on
+        out.index_add_(0, of, table)
+        out[:, 2] = largest
     return out, sizes.to(device)
+
+
+def _nonfinite(g: Tensor) -> Tensor:
+    """How many numbers are NaN or infinite, as one of g's type. Looked for on a CPU only where a sum tells of any."""
+    if g.device.type == "cpu" and g.sum().isfinite():
+        return g.new_zeros(())
+    return (~g.isfinite()).sum().to(g.dtype)
 
 
 def update_sums(
@@ -126,55 +130,71 @@ def update_sums(
     rates: parameter -> (learning rate, weight decay). What a step has changed is rate x (m / (sqrt(v) + eps) + decay x
     weight before), and the weight before is (weight after + rate x m / (sqrt(v) + eps)) / (1 - rate x decay).
     """
-    out = torch.zeros(len(COMPONENTS), 2, dtype=torch.float64, device=device)
+    rows, owners = list[Tensor](), list[int]()
     for piece in pieces:
-        weight, mean, square = (piece.tensors[kind] for kind in ("model", "exp_avg", "exp_avg_sq"))
         rate, decay = rates[piece.name]
-        divisor = (square / (1 - betas[1] ** step)).sqrt_().add_(eps)
-        moved = (mean / divisor).mul_(rate / (1 - betas[0] ** step))
-        change = torch.add(moved, weight + moved, alpha=rate * decay / (1 - rate * decay))
-        row = out[COMPONENTS.index(component_of(piece.name))]
-        row += torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in (change, weight)]).to(
-            device
-        )
+        kinds = (piece.tensors[kind].split(CHUNK) for kind in ("model", "exp_avg", "exp_avg_sq"))
+        for weight, mean, square in zip(*kinds, strict=True):
+            divisor = square.sqrt().mul_((1 - betas[1] ** step) ** -0.5).add_(eps)
+            change = torch.div(mean, divisor, out=divisor).mul_(rate / (1 - betas[0] ** step))
+            if decay:
+                pull = rate * decay / (1 - rate * decay)
+                change.mul_(1 + pull).add_(weight, alpha=pull)
+            rows.append(torch.stack([torch.dot(change, change), torch.dot(weight, weight)]))
+            owners.append(_row_of(piece.name))
+    out = torch.zeros(len(COMPONENTS), 2, dtype=torch.float64, device=device)
+    if rows:
+        out.index_add_(0, torch.tensor(owners, device=device), torch.stack(rows).to(device, torch.float64))
     return out
 
 
 def ternary_sums(
-    pieces: Iterable[Fragment], matrices: list[Matrix], watched: Watched, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(Census.ternary, scales, flips) of the weights as they are."""
-    scales = torch.stack([m.scale() for m in matrices]) if matrices else torch.zeros(0, device=device)
+    pieces: Iterable[Fragment], matrices: list[Matrix], scales: Float[Tensor, "M"], watched: Watched
+) -> tuple[Tensor, Tensor]:
+    """(Census.ternary, Census.flips) of the weights as they are."""
+    device = scales.device
+    by_parameter: dict[str, list[int]] = {}
+    for at, matrix in enumerate(matrices):
+        by_parameter.setdefault(matrix.parameter, []).append(at)
+    rows, owners = list[Tensor](), list[int]()
+    seen, of_seen = list[Tensor](), list[int]()
+    for piece in pieces:
+        for at in by_parameter.get(piece.name, ()):
+            first, values = _ternary(piece, matrices[at], scales[at])
+            if not len(values):
+                continue
+            for part in values.split(CHUNK):  # whole numbers below 2^24: exact
+                filled = torch.dot(part, part)
+                rows.append(torch.stack([filled.new_tensor(len(part)), len(part) - filled, (filled + part.sum()) / 2]))
+                owners.append(at)
+            seen.append(values[-first % SAMPLE :: SAMPLE])
+            of_seen.append(_row_of(piece.name))
     ternary = torch.zeros(len(matrices), 3, dtype=torch.float64, device=device)
     flips = torch.zeros(len(COMPONENTS), 2, dtype=torch.float64, device=device)
-    by_parameter: dict[str, list[tuple[int, Matrix]]] = {}
-    for at, matrix in enumerate(matrices):
-        by_parameter.setdefault(matrix.parameter, []).append((at, matrix))
-    for piece in pieces:
-        for at, matrix in by_parameter.get(piece.name, ()):
-            values = _ternary(piece, matrix, scales[at])
-            if values is None:
-                continue
-            first, values = values
-            plus, filled = (values > 0).sum(), values.count_nonzero()
-            ternary[at] += torch.stack([filled.new_tensor(len(values)), len(values) - filled, plus]).to(device)
-            seen = values[-first % SAMPLE :: SAMPLE]
-            changed = watched.flips(matrix.name, seen)
-            if changed is not None:
-                row = flips[COMPONENTS.index(matrix.component)]
-                row += torch.stack([changed, changed.new_tensor(len(seen))]).to(device)
-    return ternary, scales.double(), flips
+    if not rows:
+        return ternary, flips
+    table, of = torch.stack(rows).to(device, torch.float64), torch.tensor(owners, device=device)
+    ternary.index_add_(0, of, table)
+    changed = watched.changed(torch.cat(seen))
+    if changed is not None:
+        sizes = [len(part) for part in seen]
+        found = torch.stack([part.sum() for part in changed.split(sizes)])
+        counts = torch.stack([found, found.new_tensor(sizes)], dim=1).to(device, torch.float64)
+        flips.index_add_(0, torch.tensor(of_seen, device=device), counts)
+    return ternary, flips
 
 
-def _ternary(piece: Fragment, matrix: Matrix, scale: Tensor) -> tuple[int, Tensor] | None:
-    """(where it begins in the matrix, ternary values) of what a fragment holds of a matrix."""
+def _ternary(piece: Fragment, matrix: Matrix, scale: Tensor) -> tuple[int, Tensor]:
+    """(where it begins in the matrix, ternary values) of what a fragment holds of a matrix, which may be nothing."""
     weight = piece.tensors["model"]
     start, stop = max(piece.start, matrix.start), min(piece.start + len(weight), matrix.stop)
-    if start >= stop:
-        return None
-    held = weight[start - piece.start : stop - piece.start]
+    held = weight[start - piece.start : max(start, stop) - piece.start]
     return start - matrix.start, (held / scale.to(held.device)).round_().clamp_(-1, 1)
 
 
 def component_of(parameter: str) -> str:
     return parameter.split(".")[0]
+
+
+def _row_of(parameter: str) -> int:
+    return COMPONENTS.index(component_of(parameter))

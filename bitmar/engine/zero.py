@@ -26,7 +26,16 @@ from torch import Tensor, nn
 
 from bitmar.batch import Batch
 from bitmar.config import COMPONENTS, Config, ConfigError
-from bitmar.engine.census import Census, Watched, component_of, gradient_sums, matrices_of, ternary_sums, update_sums
+from bitmar.engine.census import (
+    Census,
+    Watched,
+    component_of,
+    gradient_sums,
+    matrices_of,
+    scales_of,
+    ternary_sums,
+    update_sums,
+)
 from bitmar.engine.ds_config import fit_ds_config, read_ds_config, uses_nvme
 from bitmar.engine.extensions import prepare_extensions
 from bitmar.engine.fragments import KINDS, Fragment
@@ -174,11 +183,12 @@ class ZeroEngine:
         optimiser's step stay as they are. ZeRO 1 to 3 do so themselves (`overflow`), from the norm of all ranks.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
-        counted = weights = None
+        counted = weights = scales = None
         if boundary and census:
             device = self.world.device
             counted = gradient_sums(self._gradients(), device)
-            weights = ternary_sums(self.fragments(), self.matrices, self._watched, device)
+            scales = scales_of(self.module, device)
+            weights = ternary_sums(self.fragments(), self.matrices, scales, self._watched)
         if boundary and self.stage == 0:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(grads)  # they are summed over ranks by now
@@ -191,9 +201,8 @@ class ZeroEngine:
         if boundary and self.stage > 0:
             self.gradient_norm = self._engine.get_global_grad_norm()
             self.skipped = self._optimizer.overflow
-        if counted is not None and weights is not None:
-            (gradients, sizes), (ternary, scales, flips) = counted, weights
-            self.census = Census(gradients, sizes, self._update_sums(), ternary, scales, flips)
+        if counted is not None and weights is not None and scales is not None:
+            self.census = Census(*counted, self._update_sums(), weights[0], scales.double(), weights[1])
 
     def _update_sums(self) -> Tensor:
         """Census.updates of this rank; zeros where the update was left out."""

@@ -33,9 +33,8 @@ def ternary_scale(weight: Float[Tensor, "O I"], sections: tuple[int, ...]) -> Fl
 
 def section_scales(weight: Float[Tensor, "O I"], sections: tuple[int, ...]) -> list[Float[Tensor, ""]]:
     """gamma of each section."""
-    parts = weight.split(sections)
-    sums = [torch.linalg.vector_norm(part, 1, dtype=torch.float32) for part in parts]  # of |W|, without a copy of it
-    return [(total / part.numel()).clamp(min=EPS) for total, part in zip(sums, parts, strict=True)]
+    # torch.linalg.vector_norm would need no copy of |W|, and takes five times as long on a CPU
+    return [part.abs().mean(dtype=torch.float32).clamp(min=EPS) for part in weight.split(sections)]
 
 
 def ternary(weight: Float[Tensor, "O I"], scale: Float[Tensor, "O 1"]) -> Float[Tensor, "O I"]:

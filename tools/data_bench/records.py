@@ -26,7 +26,7 @@ REAL = ROOT / "../shared/data/raw"
 class Records:
     """The same records for every side: captions, vectors, our shards of them, a tokenizer."""
 
-    def __init__(self, folder: Path, repeats: int) -> None:
+    def __init__(self, folder: Path, repeats: int, validation_fraction: float = 0.0) -> None:
         raw = REAL
         if not raw.is_dir():
             raw = folder / "generated"
@@ -42,7 +42,7 @@ class Records:
         (source / "flickr_captions.json").write_text(json.dumps(self.captions))
         np.save(source / "flickr_dino_v2_states.npy", self.vectors)
         self.shards = folder / "shards"
-        options = Options(vocab_size=4096, validation_fraction=0.0)
+        options = Options(vocab_size=4096, validation_fraction=validation_fraction)
         convert(source, self.shards, options, force=False, report=lambda *_: None)
         self.tars = sorted(str(tar) for tar in self.shards.glob("*.tar"))
         self.tokenizer = TextTokenizer(self.shards / "tokenizer.json")

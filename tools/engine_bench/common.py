@@ -37,13 +37,14 @@ class Bench:
 
     folder: Path
     quick: bool
+    validation_fraction: float = 0.0
 
     @cached_property
     def records(self) -> Records:
         """Real captions, repeated so that length buckets are as full as those of a corpus."""
         place = self.folder / "records"
         place.mkdir()
-        return Records(place, repeats=2 if self.quick else 8)
+        return Records(place, 2 if self.quick else 8, self.validation_fraction)
 
     @cached_property
     def shards(self) -> ShardSet:

@@ -166,7 +166,7 @@ def held_bytes(run: Run) -> int:
     statistics = run.watch.statistics
     slots = (statistics.sums, statistics.counts, statistics.squares, statistics.extreme_counts)
     tensors = [s._device for s in (*slots, statistics.last, statistics.last_counts)] + [statistics.extremes]
-    tensors += [*statistics._indices.values(), *run.engine._watched.packed.values()]
+    tensors += [*statistics._indices.values(), run.engine._watched.packed]
     for batch in run.watch.probes.heads:
         tensors += [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
