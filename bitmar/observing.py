@@ -6,8 +6,9 @@ Every rank fills the same metrics at the same steps, whatever its batch holds; o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,10 @@ from torch import Tensor, nn
 from bitmar.assembly import Run
 from bitmar.batch import IGNORE, Batch
 from bitmar.config import COMPONENTS
-from bitmar.engine.census import Census
+from bitmar.engine.census import HISTOGRAM_EDGES, Census, rounded_layers
 from bitmar.engine.step import Latents, StepResult
 from bitmar.model.flops import Work, training_flops
 from bitmar.model.memory import MemoryState
-from bitmar.model.quantize import BitLinear
 from bitmar.observability.derived import derive
 from bitmar.observability.features import (
     effective_rank,
@@ -128,6 +128,10 @@ def fill_census(s: Statistics, census: Census, gradients: bool, quantization: bo
         updates = census.updates
         s.add_all([f"Gradients/{name}_Update_To_Weight" for name in names], updates[:, 0], updates[:, 1])
         s.add("Gradients/Update_To_Weight", *updates.sum(0))
+    for group, counts in (("Gradients", census.gradient_histograms), ("Model", census.weight_histograms)):
+        if counts is not None and not skipped:
+            for row, name in enumerate(COMPONENTS):
+                s.add(f"{group}/Histogram_{title(name)}", counts[row])
     if quantization and len(census.scales):
         s.add("Quantization/Matrix_Size", census.ternary[:, 0])
         s.add("Quantization/Matrix_Zeros", census.ternary[:, 1])
@@ -245,6 +249,9 @@ def log(run: Run) -> None:
     if run.world.is_first:
         numbers = derive(reduced, run.watch.layout, run.watch.peak_tflops)
         run.sinks.log(run.progress.step, numbers | run.watch.history.add(numbers))
+        for name, counts in reduced.arrays.items():
+            if "/Histogram_" in name:
+                run.sinks.histogram(run.progress.step, name, counts.tolist(), HISTOGRAM_EDGES.tolist())
         if run.watch.board is not None:
             kept = ("usage", "age", "written", "image_ids")
             memory = {name: run.memory.tensors()[name].cpu().numpy().copy() for name in kept}
@@ -291,34 +298,32 @@ def pass_heads(run: Run, batch: Batch) -> None:
 
 
 class RoundingWatch:
-    """While it is open, the inputs of rounded layers add to Quantization/Activation_*."""
+    """Looks at the inputs of rounded layers while it is open; at its end they add to Quantization/Activation_*."""
 
     def __init__(self, run: Run, batch: Batch) -> None:
         self._run, self._batch = run, batch
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._components: list[str] = []
+        self._sums: list[Tensor] = []
 
     def __enter__(self) -> None:
-        if not self._run.config.wandb.log_quantization:
-            return
-        for name, module in self._run.engine.module.named_modules():
-            if isinstance(module, BitLinear) and module.quantized:
-                self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+        if self._run.config.wandb.log_quantization:
+            for name, module in rounded_layers(self._run.engine.module):
+                self._handles.append(module.register_forward_pre_hook(functools.partial(self._look, name)))
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        if self._sums:
+            table = torch.stack(self._sums).double()
+            for what, (above, below) in {"Zero": (0, 1), "Error": (2, 3)}.items():
+                names = [f"Quantization/Activation_{what}_{component}" for component in self._components]
+                self._run.watch.statistics.add_all(names, table[:, above], table[:, below])
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        component = title(name.split(".")[0])
-        zero, error = f"Quantization/Activation_Zero_{component}", f"Quantization/Activation_Error_{component}"
-
-        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            (x,) = inputs
-            sums = rounding_sums(x, self._asked(name, x))
-            self._run.watch.statistics.add(zero, sums[0], sums[1])
-            self._run.watch.statistics.add(error, sums[2], sums[3])
-
-        return add
+    def _look(self, name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        (x,) = inputs
+        self._components.append(title(name.split(".")[0]))
+        self._sums.append(rounding_sums(x, self._asked(name, x)))
 
     def _asked(self, name: str, x: Tensor) -> Tensor:
         """Which positions, captions or vision tokens of an input are real."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from bitmar.batch import Batch
 from bitmar.config import Config
+from bitmar.engine.census import HISTOGRAM_EDGES
 from bitmar.engine.clock import StepClock
 from bitmar.engine.schedule import Rates
 from bitmar.engine.world import World
@@ -80,7 +81,8 @@ def open_watch(
     """`model`: its parameters by component, and its sizes; `files`: whether rank 0 may write."""
     matrices = tuple(matrix.name for matrix in engine.matrices)
     nodes = -(-world.size // world.local_size)
-    layout = Layout(config.model, world.size, nodes, shards.source_names, matrices)
+    bins = len(HISTOGRAM_EDGES) - 1 if config.wandb.log_histograms else 0
+    layout = Layout(config.model, world.size, nodes, shards.source_names, matrices, bins)
     cadences = (Cadence.START, Cadence.STEP, Cadence.ATTENTION, Cadence.LATENTS)
     directory, wandb = config.run_directory, config.wandb
     pictures = files and world.is_first and wandb.create_plots

@@ -20,6 +20,9 @@ from bitmar.model.quantize import BitLinear
 
 SAMPLE = 16  # one weight in so many is watched for flips
 BITS, A_BYTE = 2, 4  # of a ternary value, values in a byte
+_MAGNITUDES = torch.logspace(-10, 2, 49, dtype=torch.float64)  # four bins a decade
+# Between which numbers are counted, the same for all parameters; smaller and larger ones go into the last bins
+HISTOGRAM_EDGES = torch.cat([-_MAGNITUDES.flip(0), _MAGNITUDES])
 CHUNK = 2**20  # numbers that are summed in fp32 before their sum goes on in fp64
 
 
@@ -44,6 +47,8 @@ class Census:
     ternary: Float[Tensor, "M 3"]  # weights of this rank's fragments, of those 0, of those 1
     scales: Float[Tensor, "M"]
     flips: Float[Tensor, "C 2"]  # watched weights whose value has changed since the last census, of how many
+    gradient_histograms: Float[Tensor, "C N"] | None = None  # numbers between HISTOGRAM_EDGES, where asked for
+    weight_histograms: Float[Tensor, "C N"] | None = None
 
 
 @dataclass
@@ -108,6 +113,18 @@ def gradient_sums(pieces: Iterable[Fragment], device: torch.device) -> tuple[Ten
         out.index_add_(0, of, table)
         out[:, 2] = largest
     return out, sizes.to(device)
+
+
+def histograms(pieces: Iterable[Fragment], kind: str, device: torch.device) -> Float[Tensor, "C N"]:
+    """How many finite numbers of the fragments' tensors of a kind lie between HISTOGRAM_EDGES."""
+    out = torch.zeros(len(COMPONENTS), len(HISTOGRAM_EDGES) - 1, dtype=torch.float64, device=device)
+    edges = HISTOGRAM_EDGES.float()
+    for piece in pieces:
+        for part in piece.tensors[kind].split(CHUNK):
+            known = part[part.isfinite()].clamp(float(edges[0]), float(edges[-1]))
+            bins = torch.bucketize(known, edges[1:-1].to(part.device), right=True)
+            out[_row_of(piece.name)] += bins.bincount(minlength=out.shape[1]).to(device)
+    return out
 
 
 def _nonfinite(g: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from bitmar.engine.census import (
     Watched,
     component_of,
     gradient_sums,
+    histograms,
     matrices_of,
     scales_of,
     ternary_sums,
@@ -83,6 +84,7 @@ class ZeroEngine:
         self.census: Census | None = None  # of the last step that took one
         self.matrices = matrices_of(model)
         self._watched = Watched()
+        self._histograms = config.wandb.log_histograms
         self._adamw = config.optimizer
         self._parameters: list[tuple[str, Any]] = list(model.named_parameters())
         self._by_name = dict(self._parameters)
@@ -184,11 +186,14 @@ class ZeroEngine:
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
         counted = weights = scales = None
+        told: tuple[Tensor | None, Tensor | None] = (None, None)
         if boundary and census:
             device = self.world.device
             counted = gradient_sums(self._gradients(), device)
             scales = scales_of(self.module, device)
             weights = ternary_sums(self.fragments(), self.matrices, scales, self._watched)
+            if self._histograms:
+                told = histograms(self._gradients(), "gradient", device), histograms(self.fragments(), "model", device)
         if boundary and self.stage == 0:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(grads)  # they are summed over ranks by now
@@ -202,7 +207,7 @@ class ZeroEngine:
             self.gradient_norm = self._engine.get_global_grad_norm()
             self.skipped = self._optimizer.overflow
         if counted is not None and weights is not None and scales is not None:
-            self.census = Census(*counted, self._update_sums(), weights[0], scales.double(), weights[1])
+            self.census = Census(*counted, self._update_sums(), weights[0], scales.double(), weights[1], *told)
 
     def _update_sums(self) -> Tensor:
         """Census.updates of this rank; zeros where the update was left out."""

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bitmar.batch import Batch
 from bitmar.model.attention import Heads
+from bitmar.model.quantize import quantize_activations
 from bitmar.observability.stats import Statistics
 
 KINDS = {"encoder": "Encoder", "decoder": "Decoder", "cross_modal": "CrossModal", "memory": "Memory"}  # in names
@@ -103,14 +104,15 @@ def fill_memory(
     statistics.add("Memory/Read_Norm", ((w @ values.double()).norm(dim=-1) * asked).sum(), count)
 
 
-def rounding_sums(x: Float[Tensor, "*B I"], asked: Int[Tensor, "*B"] | Bool[Tensor, "*B"]) -> Float[Tensor, "4"]:
-    """(numbers that round to 0, numbers, squared rounding error, squared numbers) of a quantised layer's input.
+def rounding_sums(x: Float[Tensor, "*B I"], asked: Float[Tensor, "*B"]) -> Float[Tensor, "4"]:
+    """(numbers that round to 0, numbers, squared rounding error, squared numbers) of a quantised layer's input, where
+    `asked` is 1 and not 0.
 
     x_q = round(127 x / max|x|), one step a token (bitmar/model/quantize.py).
     """
-    chosen = x.detach()[asked].float()
-    step = chosen.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127
-    rounded = (chosen / step).round()
-    error = (chosen - rounded * step).square().sum(dtype=torch.float64)
-    zeros = (rounded == 0).sum(dtype=torch.float64)
-    return torch.stack([zeros, zeros.new_tensor(chosen.numel()), error, chosen.square().sum(dtype=torch.float64)])
+    flat = x.detach().reshape(-1, x.shape[-1]).float()
+    rounded, step = quantize_activations(flat)
+    zeros = flat.shape[1] - rounded.abs().clamp_(max=1).sum(1)
+    error = torch.linalg.vector_norm(torch.addcmul(flat, rounded, step, value=-1), dim=1).square_()
+    rows = torch.stack([zeros, torch.full_like(zeros, flat.shape[1]), error, flat.square().sum(1)])
+    return rows @ asked.reshape(-1).to(rows.dtype)

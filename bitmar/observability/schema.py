@@ -69,6 +69,7 @@ class Layout:
     nodes: int = 1
     sources: tuple[str, ...] = ()
     matrices: tuple[str, ...] = ()  # names of the ternary matrices, see bitmar/engine/census.py
+    bins: int = 0  # of histograms; 0: none are made
 
     @property
     def heads(self) -> dict[str, tuple[int, int]]:
@@ -97,7 +98,7 @@ class Layout:
 
     def sizes(self) -> dict[str, int]:
         """The length of each axis of an array; of the axes of heads by kind."""
-        sizes = {"ranks": self.ranks, "matrices": len(self.matrices)}
+        sizes = {"ranks": self.ranks, "matrices": len(self.matrices), "bins": self.bins}
         for kind, (layers, heads) in self.heads.items():
             sizes |= {f"{kind} layers": layers, f"{kind} heads": heads}
         return sizes
@@ -264,9 +265,11 @@ _GRADIENTS = (
     Metric("Gradients/Update_To_Weight", "1", _ROOT_MEAN, _STEP, "norm of the step's update over that of the weights"),
     Metric("Gradients/{component}_Update_To_Weight", "1", _ROOT_MEAN, _STEP, "the same of a component"),
     Metric("Gradients/Clipped_Fraction", "fraction", _MEAN, _STEP, "share of steps with a clipped gradient"),
+    Metric("Gradients/Histogram_{component}", "numbers", _SUM, _STEP, "of the gradient, before the clip", ("bins",)),
     Metric("Gradients/NonFinite_Count", "numbers", _SUM, _STEP, "gradient numbers not finite, at the log's last step"),
 )
 _MODEL = (
+    Metric("Model/Histogram_{component}", "numbers", _SUM, _STEP, "of the weights (wandb.log_histograms)", ("bins",)),
     Metric("Model/Parameters_{component}", "parameters", _SAME, _START, "of the component"),
     Metric("Model/Parameters_Total", "parameters", _SAME, _START, "of all components"),
     Metric("Model/Size_MB_Full", "MB", _SAME, _START, "all parameters in fp32"),

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from bitmar import observing
 from bitmar.batch import IGNORE, Batch
-from bitmar.config import COMPONENTS, Config, DataConfig, EngineConfig, PhaseConfig, TrainingConfig
+from bitmar.config import COMPONENTS, Config, DataConfig, EngineConfig, PhaseConfig, TrainingConfig, WandbConfig
+from bitmar.engine.census import HISTOGRAM_EDGES
 from bitmar.engine.schedule import Rates
 from bitmar.engine.step import train_step
 from bitmar.engine.world import World
@@ -68,6 +69,7 @@ def config_of(ds_config: str, micro: int) -> Config:
         model=small_model(contrastive_group=2, recall_group=2, encoder_layers=3),
         training=TrainingConfig(global_batch=ROWS, micro_batch=micro, gradient_clip=CLIP),
         engine=EngineConfig(ds_config=ds_config),
+        wandb=WandbConfig(log_histograms=True),
     )
 
 
@@ -115,7 +117,8 @@ def measure_one(world: World, folder: Path, config: Config) -> dict[str, Any]:
     model = BitMar(config.model, seed=1)
     parameters, sizes = parameter_counts(model), parameter_sizes(model)
     engine = ZeroEngine(model, config, world)
-    layout = Layout(config.model, world.size, world.size, SOURCES, tuple(m.name for m in engine.matrices))
+    matrices = tuple(m.name for m in engine.matrices)
+    layout = Layout(config.model, world.size, world.size, SOURCES, matrices, len(HISTOGRAM_EDGES) - 1)
     statistics = Statistics(schema_of(layout))
     mine = probe_batch(world.rank)
     watch = SimpleNamespace(
@@ -170,12 +173,13 @@ def finish_measuring(run: Any, folder: Path, told: dict[str, Any]) -> None:
     observing.fill_throughput(run)
     observing.fill_memory_state(statistics, run.memory, run.window.written)
     probe = SystemProbe(folder, world.device, world.rank)
-    sum(i * i for i in range(200_000))
+    sum(i * i for i in range(1_000_000))  # work that the clock of the process tells of
     probe.fill(statistics)
     process = psutil.Process()
     told["process"] = [world.gather_objects(x) for x in (process.memory_info().rss, process.num_fds())]
     payload = reduce(statistics, world)
     told["numbers"] = derive(payload, run.watch.layout, run.watch.peak_tflops)
+    told["histograms"] = {n: torch.from_numpy(a) for n, a in payload.arrays.items() if "/Histogram_" in n}
     told["window"] = world.gather_objects((run.window.samples, run.window.words, run.window.tokens))
     validation = Statistics(select(schema_of(run.watch.layout), Cadence.VALIDATION))
     run.engine.train(False)
@@ -737,6 +741,22 @@ def test_every_metric_is_that_of_the_joined_data(measured: list[dict[str, Any]],
     assert told["numbers"]["System/CPU_Percent"] > 0
     assert not any(name in told["numbers"] for name in GPU)
     assert told["nonfinite"] == []
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"{Path(CASES[i][1]).stem}-{CASES[i][2]}")
+def test_histograms_are_those_of_the_joined_data(measured: list[dict[str, Any]], case: int) -> None:
+    """But for a number beside an edge, which another order of sums may put on its other side."""
+    joined = Joined(measured[case], config_of(*CASES[case][1:]))
+    found = measured[case]["histograms"]
+    assert len(found) == 2 * len(COMPONENTS)
+    for name in COMPONENTS:
+        part = title(name)
+        weights = [s["model"].flatten() for n, s in joined.told["states1"].items() if n.split(".")[0] == name]
+        for group, values in (("Gradients", joined.gradients(part)), ("Model", torch.cat(weights).double())):
+            plain = np.histogram(values.numpy(), HISTOGRAM_EDGES.numpy())[0]
+            counts = found[f"{group}/Histogram_{part}"].numpy()
+            assert counts.sum() == len(values)
+            assert np.abs(counts - plain).sum() <= 1e-3 * len(values) + 2
 
 
 def expanded(template: Metric, layout: Layout) -> list[tuple[str, tuple[str, ...]]]:
