@@ -334,7 +334,6 @@ def check_shared(directory: Path, world: World) -> None:
 
 def open_validation(config: Config, shards: ShardSet, world: World) -> dict[str, ValidationSet]:
     """The held-out rows of each modality that the shards hold."""
-    held = {s["modality"] for s in shards.manifest["shards"] if s["split"] == "validation" and s["samples"] > 0}
     return {
         modality: ValidationSet(
             shards,
@@ -345,7 +344,7 @@ def open_validation(config: Config, shards: ShardSet, world: World) -> dict[str,
             rank=world.rank,
             world=world.size,
         )
-        for modality in sorted(held)
+        for modality in shards.validated
     }
 
 

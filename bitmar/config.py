@@ -294,8 +294,8 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """What is measured, how often, and where it is shown. All but the first keys hold without wandb too: metrics.jsonl
-    and plots/ are written in any case."""
+    """What is measured, how often, and where it is shown. metrics.jsonl and, by create_plots, plots/ are written without
+    wandb too."""
 
     enabled: bool = True  # False leaves wandb out
     offline: bool = False  # kept in the run's folder, for `wandb sync`; False: online where wandb finds a key

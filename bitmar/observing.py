@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from bitmar.assembly import Run
 from bitmar.batch import IGNORE, Batch
-from bitmar.config import COMPONENTS
+from bitmar.config import COMPONENTS, WandbConfig
 from bitmar.engine.census import HISTOGRAM_EDGES, Census, rounded_layers
 from bitmar.engine.step import Latents, StepResult
 from bitmar.model.flops import Work, training_flops
@@ -35,6 +36,7 @@ from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import LATENTS, LOSS_NAMES, PARTS, TERNARY, title
 from bitmar.observability.stats import Statistics
 from bitmar.watch import Window
+from shards.loader import LoaderState
 from shards.rows import Rows
 
 SHOWN_CAPTIONS = 4  # of the probe set, in the picture of cross-modal attention
@@ -50,8 +52,8 @@ def is_log_due(run: Run, step: int) -> bool:
     """After `step`, whatever else asks for one."""
     config = run.config.wandb
     intervals = [config.log_every_n_steps]
-    intervals += [config.attention_log_interval] if config.log_attention else []
-    intervals += [config.pca_log_interval] if config.log_features else []
+    intervals += [config.attention_log_interval] if run.watch.probes.heads else []
+    intervals += [config.pca_log_interval] if run.watch.probes.latents else []
     return step == run.last_step or any(step % interval == 0 for interval in intervals)
 
 
@@ -61,10 +63,10 @@ def observe(run: Run, rows: list[Rows], result: StepResult) -> None:
     s = run.watch.statistics
     if not result.skipped:
         fill_losses(s, result, run.config.training.gradient_clip, run.world.size)
-        if result.census is not None:
+        if run.config.wandb.log_features:
             fill_latents(s, result.latents)
     if result.census is not None:
-        fill_census(s, result.census, run.config.wandb.log_gradients, run.config.wandb.log_quantization, result.skipped)
+        fill_census(s, result.census, run.config.wandb, result.skipped)
     s.add("Data/Wait_Seconds", run.loader.wait_seconds)
     count_rows(run, rows)
     if result.writes.slots:
@@ -87,7 +89,7 @@ def fill_losses(s: Statistics, result: StepResult, clip: float, ranks: int) -> N
     s.add("Memory/Blends", result.writes.blends)
     s.add("Memory/Evictions", result.writes.evictions)
     s.add("Memory/Gate_Mean", result.memory_gate)
-    if result.census is not None:
+    if result.latents:  # the step was observed
         s.add("Training/Prediction_Entropy", result.entropy, tokens)
         if "recall" in result.sums:
             for place, cue in enumerate(("Image", "Text")):
@@ -110,11 +112,13 @@ def fill_latents(s: Statistics, latents: Sequence[Latents]) -> None:
             s.peak(f"Features/{name}_Max", x.double().masked_fill(hidden, -torch.inf).amax(), rows)
 
 
-def fill_census(s: Statistics, census: Census, gradients: bool, quantization: bool, skipped: bool) -> None:
+def fill_census(s: Statistics, census: Census, config: WandbConfig, skipped: bool) -> None:
     """Gradients, updates and ternary weights by component; of a step that was left out only what it says of that."""
     total, sizes = census.gradients.sum(0), census.sizes
     s.add("Gradients/NonFinite_Count", total[3])
-    if gradients and not skipped:
+    if skipped:
+        return
+    if config.log_gradients:
         names = [title(name) for name in COMPONENTS]
         g, none = census.gradients, torch.zeros_like(sizes)
         s.add_all([f"Gradients/{name}_Norm" for name in names], g[:, 1], none + 1)
@@ -129,10 +133,10 @@ def fill_census(s: Statistics, census: Census, gradients: bool, quantization: bo
         s.add_all([f"Gradients/{name}_Update_To_Weight" for name in names], updates[:, 0], updates[:, 1])
         s.add("Gradients/Update_To_Weight", *updates.sum(0))
     for group, counts in (("Gradients", census.gradient_histograms), ("Model", census.weight_histograms)):
-        if counts is not None and not skipped:
+        if counts is not None:
             for row, name in enumerate(COMPONENTS):
                 s.add(f"{group}/Histogram_{title(name)}", counts[row])
-    if quantization and len(census.scales):
+    if config.log_quantization and len(census.scales):
         s.add("Quantization/Matrix_Size", census.ternary[:, 0])
         s.add("Quantization/Matrix_Zeros", census.ternary[:, 1])
         s.add("Quantization/Matrix_Plus", census.ternary[:, 2])
@@ -171,18 +175,17 @@ def fill_progress(run: Run) -> None:
     s, config = run.watch.statistics, run.config
     assert run.window.last is not None, "there was a step since the last log"
     state, rates = run.window.last
-    phase = config.phases[state.phase]
-    progress = (state.position + 1) / run.lengths[state.phase]
+    epoch = (state.position + 1) / run.lengths[state.phase] * run.loader.order.epochs(state.phase)
     s.same("Training/Learning_Rate", rates.learning_rate)
     s.same("Training/Weight_Decay", rates.weight_decay)
-    s.same("Training/Epoch", progress * (phase.epochs or 1.0))
+    s.same("Training/Epoch", epoch)
     s.same("Training/Step", run.progress.step)
     s.same("Training/Words", run.progress.words)
     s.same("Training/Phase", state.phase)
     s.same("Training/Skipped_Updates", run.progress.skipped)
     s.same("Training/Batch_Size", config.training.global_batch)
     s.same("Data/Damaged_Samples", len(run.damaged))
-    s.same("Data/Epoch_Progress", progress)
+    s.same("Data/Epoch_Progress", epoch - math.ceil(epoch - 1e-9) + 1)  # 1 at an epoch's last step
 
 
 def fill_throughput(run: Run) -> None:
@@ -227,15 +230,12 @@ def fill_memory_state(s: Statistics, memory: MemoryState, written_last: Sequence
 def log(run: Run) -> None:
     """Reduce the statistics since the last log over all ranks and hand them to the sinks."""
     s, w, config = run.watch.statistics, run.window, run.config.wandb
+    settle(run)
     words, samples = run.counted.tolist()
     run.counted.zero_()
     run.progress = dataclasses.replace(
         run.progress, words=run.progress.words + words, samples=run.progress.samples + samples
     )
-    if run.world.device.type == "cuda":
-        started = time.perf_counter()
-        torch.cuda.synchronize()
-        w.seconds += time.perf_counter() - started
     gather_damage(run)
     fill_progress(run)
     fill_throughput(run)
@@ -253,10 +253,18 @@ def log(run: Run) -> None:
             if "/Histogram_" in name:
                 run.sinks.histogram(run.progress.step, name, counts.tolist(), HISTOGRAM_EDGES.tolist())
         if run.watch.board is not None:
-            kept = ("usage", "age", "written", "image_ids")
+            kept = ("usage", "age", "written", "image_ids") if config.log_memory else ()
             memory = {name: run.memory.tensors()[name].cpu().numpy().copy() for name in kept}
-            run.watch.board.take(run.progress.step, reduced.arrays, memory if config.log_memory else None)
+            run.watch.board.take(run.progress.step, reduced.arrays, memory or None)
     run.watch.clock.mark("Logging")
+
+
+def settle(run: Run) -> None:
+    """Wait for what a GPU still has to do of the steps since the last log, which is a part of their time."""
+    if run.world.device.type == "cuda":
+        started = time.perf_counter()
+        torch.cuda.synchronize()
+        run.window.seconds += time.perf_counter() - started
 
 
 def gather_damage(run: Run) -> None:
@@ -275,23 +283,26 @@ def probe(run: Run) -> None:
     step, config = run.progress.step, run.config.wandb
     run.guard.beat("probing", step)
     if config.log_attention and step % config.attention_log_interval == 0:
-        for batch in run.watch.probes.heads:
-            pass_heads(run, batch)
+        for number, batch in enumerate(run.watch.probes.heads):
+            pass_heads(run, batch, shown=number == 0)
     if config.log_features and step % config.pca_log_interval == 0 and run.watch.probes.latents:
         gather_latents(run)
 
 
-def pass_heads(run: Run, batch: Batch) -> None:
+def pass_heads(run: Run, batch: Batch, shown: bool = False) -> None:
     """What the heads, the memory and the rounded activations of the probe set do; the gates' gradients alone are taken,
-    by torch.autograd.grad: a backward pass would reach the engine's own gradients."""
+    by torch.autograd.grad: a backward pass would reach the engine's own gradients.
+
+    `shown`: in the picture of captions."""
     s, written = run.watch.statistics, run.memory.written
     with run.engine.frozen(), RoundingWatch(run, batch):
         outputs = run.engine.forward(batch, run.memory, heads=True)
         gradients = torch.autograd.grad(outputs.loss, gates_of(outputs.heads))
-    fill_heads(s, outputs.heads, gradients, batch)
+    fill_heads(s, outputs.heads, gradients, batch, written)
     read = outputs.heads["memory"][0].weights[:, 0]
-    fill_memory(s, read, run.memory.values, written, batch.token_mask & batch.has_vision[:, None])
-    if run.watch.board is not None and run.config.wandb.log_attention_maps:
+    if run.config.wandb.log_memory:
+        fill_memory(s, read, run.memory.values, written, batch.token_mask & batch.has_vision[:, None])
+    if shown and run.watch.board is not None and run.config.wandb.log_attention_maps:
         seen = outputs.heads["cross_modal"][-1].weights.mean(1)[:SHOWN_CAPTIONS]
         tokens = batch.tokens[:SHOWN_CAPTIONS] * batch.token_mask[:SHOWN_CAPTIONS]
         run.watch.board.take_captions(run.progress.step, tokens.cpu().numpy(), seen.float().cpu().numpy())
@@ -370,16 +381,15 @@ def gather_latents(run: Run) -> None:
         run.watch.board.take_latents(run.progress.step, values)
 
 
-def draw(run: Run) -> None:
+def draw(run: Run, state: LoaderState) -> None:
     """Have pictures made after the last step of an epoch whose number the recipe names, and show those made."""
-    board, last = run.watch.board, run.window.last
-    if board is None:
+    if run.watch.board is None:
         return
-    if last is not None:
-        position, length = last[0].position, run.lengths[last[0].phase]
-        every = run.config.wandb.plot_every_n_epochs / (run.config.phases[last[0].phase].epochs or 1.0)
-        if (position + 1) / length // every > position / length // every:
-            board.draw(run.progress.step)
+    a_step = run.loader.order.epochs(state.phase) / run.lengths[state.phase]
+    before, after = (math.floor(n * a_step + 1e-9) for n in (state.position, state.position + 1))
+    every = run.config.wandb.plot_every_n_epochs
+    if after // every > before // every:
+        run.watch.board.draw(run.progress.step)
     show_pictures(run)
 
 

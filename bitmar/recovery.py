@@ -16,6 +16,7 @@ from bitmar.batch import Batch
 from bitmar.engine import checkpoint
 from bitmar.engine.faults import TrainingError, is_spike, save_batches
 from bitmar.engine.step import StepResult
+from bitmar.observability.derived import History
 from bitmar.saving import tell_saved
 from bitmar.watch import Window
 
@@ -97,11 +98,14 @@ def go_back(run: Run, left_out: list[int]) -> bool:
     run.world.barrier()
     run.loader = open_loader(run.config, run.shards, run.progress, run.world)
     run.watch.statistics.reset()
+    run.watch.clock.read()
     run.counted.zero_()
     run.window = Window.of(len(run.window.sources))
     run.saved_at, run.save_due, run.validated_at = run.progress.step, False, -1
     run.milestones, run.milestones_due = await_milestones(run.config, run.progress), ()
     cut = run.sinks.truncate_after(run.progress.step)
+    if run.world.is_first:
+        run.watch.history = History.read(run.config.run_directory)
     steps = [step + 1 for step in left_out]
     run.sinks.event("went_back", step=run.progress.step, steps_left_out=steps, lines_cut=cut)
     return True

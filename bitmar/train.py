@@ -34,7 +34,18 @@ from bitmar.observability.plots import write_plots
 from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import Cadence, schema_of, select
 from bitmar.observability.stats import Statistics
-from bitmar.observing import draw, gather_damage, is_log_due, is_observed, log, log_start, observe, probe, show_pictures
+from bitmar.observing import (
+    draw,
+    gather_damage,
+    is_log_due,
+    is_observed,
+    log,
+    log_start,
+    observe,
+    probe,
+    settle,
+    show_pictures,
+)
 from bitmar.rehearsal import rehearse
 from bitmar.saving import mark_due, save, tell_saved
 from bitmar.startup import StartUp
@@ -142,7 +153,6 @@ def loop(run: Run) -> None:
         run.guard.beat("waiting for data", run.progress.step)
         state, rows = next_step(run, steps)
         run.guard.beat("training", run.progress.step)
-        run.watch.clock.mark("Data")
         run.start_up.mark("first_batch")
         rates = rates_at(run.progress.step, total, config.optimizer)
         if run.progress.step in run.progress.left_out:
@@ -151,8 +161,17 @@ def loop(run: Run) -> None:
             phase = config.phases[state.phase]
             run.engine.set_rates(rates, phase.train)
             batches = [Batch.from_rows(part, run.world.device) for part in rows]
-            watch = (run.watch.clock, is_observed(run))
-            result = train_step(run.engine, batches, run.memory, phase, config, run.world, run.progress.step, *watch)
+            result = train_step(
+                run.engine,
+                batches,
+                run.memory,
+                phase,
+                config,
+                run.world,
+                run.progress.step,
+                clock=run.watch.clock,
+                observe=is_observed(run),
+            )
             if recovery.undo_spike(run, result):
                 steps = iter(run.loader)
                 continue
@@ -169,6 +188,7 @@ def loop(run: Run) -> None:
         mark_due(run)
         saves = run.save_due and run.progress.skipped_in_a_row == 0  # weights may be broken while updates are left out
         if is_log_due(run, step) or saves:
+            settle(run)
             probe(run)
             log(run)
         if step % config.validation.every_steps == 0:
@@ -178,7 +198,7 @@ def loop(run: Run) -> None:
             save(run)
         tell_saved(run, run.saver.poll())
         run.watch.clock.mark("Checkpoint")
-        draw(run)
+        draw(run, state)
 
 
 def next_step(run: Run, steps: Iterator[tuple[LoaderState, list[Rows]]]) -> tuple[LoaderState, list[Rows]]:
@@ -187,12 +207,14 @@ def next_step(run: Run, steps: Iterator[tuple[LoaderState, list[Rows]]]) -> tupl
     item, problem = None, None
     try:
         item = next(steps)
+        run.watch.clock.mark("Data")  # before the ranks agree, which would have all wait for the slowest
         run.shards.readers.check_damage(run.damaged)
     except DataError as error:
         problem = str(error)
     notice = check_notices(run, Notice.NONE if problem is None else Notice.NO_DATA)
     if notice & Notice.NO_DATA:
         stop_for_data(run, problem)
+    run.watch.clock.start()
     assert item is not None  # the loader holds as many steps as the phases have
     return item
 

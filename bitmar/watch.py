@@ -80,7 +80,8 @@ def open_watch(
 ) -> Watch:
     """`model`: its parameters by component, and its sizes; `files`: whether rank 0 may write."""
     matrices = tuple(matrix.name for matrix in engine.matrices)
-    nodes = -(-world.size // world.local_size)
+    begins = [local_rank == 0 for local_rank in world.gather_objects(world.local_rank)]  # nodes may have unequal ranks
+    nodes, node = sum(begins), sum(begins[: world.rank + 1]) - 1
     bins = len(HISTOGRAM_EDGES) - 1 if config.wandb.log_histograms else 0
     layout = Layout(config.model, world.size, nodes, shards.source_names, matrices, bins)
     cadences = (Cadence.START, Cadence.STEP, Cadence.ATTENTION, Cadence.LATENTS)
@@ -92,7 +93,7 @@ def open_watch(
         *model,
         open_probes(config, shards, world),
         StepClock(world.device),
-        SystemProbe(directory, world.device, world.rank // world.local_size),
+        SystemProbe(directory, world.device, node),
         wandb.device_tflops or peak_tflops(world.device, engine.module.compute_dtype),
         History.read(directory) if world.is_first else History(),
         Board(directory, token_texts(shards.tokenizer), matrices) if pictures else None,
@@ -102,8 +103,7 @@ def open_watch(
 def open_probes(config: Config, shards: ShardSet, world: World) -> Probes:
     """Pairs of the validation split; none where it holds no pairs."""
     wandb, batch = config.wandb, config.training.global_batch
-    held = {s["modality"] for s in shards.manifest["shards"] if s["split"] == "validation" and s["samples"] > 0}
-    if "pairs" not in held:
+    if "pairs" not in shards.validated:
         return Probes()
 
     def chosen(samples: int) -> list[Rows]:

@@ -17,7 +17,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class OpenShard:
 
     def __init__(self, reader: ShardReader, damaged: frozenset[int], numbers: Mapping[str, int]) -> None:
         """lost: bool [N], the same as `damaged`; table: int64 [N, 6], the columns of TABLE; numbers: of the sources
-        by name (0 for one that it lacks).
+        by name.
 
         vector_bytes: the size of each vector, 0 where they are not raw. tokens [K] and blocks (a vector from each
         byte of the tar on) are maps of the files, None where the files are read at offsets.
@@ -56,7 +56,7 @@ class OpenShard:
         self.lost[list(damaged)] = True
         offsets = columns["token_offsets"]
         names = [name.decode("utf-8", "replace") for name in columns["sources"].tolist()]
-        source = np.array([numbers.get(name, 0) for name in names], np.int64)[columns["source"]]
+        source = np.array([numbers[name] for name in names], np.int64)[columns["source"]]
         rest = (columns[name].astype(np.int64) for name in TABLE[2:-1])
         self.table = np.stack([offsets[:-1], offsets[1:], *rest, source], axis=1)
         tokens, data = reader.token_bytes, reader.data
@@ -264,6 +264,12 @@ class ShardSet:
     def source_names(self) -> tuple[str, ...]:
         """By the numbers that rows give their sources."""
         return tuple(source["name"] for source in self.manifest["sources"])
+
+    @property
+    def validated(self) -> tuple[Literal["pairs", "text"], ...]:
+        """The modalities of which samples are held out."""
+        held = {s["modality"] for s in self.manifest["shards"] if s["split"] == "validation" and s["samples"] > 0}
+        return tuple(modality for modality in ("pairs", "text") if modality in held)
 
     @property
     def identity(self) -> str:

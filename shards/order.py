@@ -146,6 +146,11 @@ class Order:
                     total[source] += -(-batches // stream.batches)
         return total
 
+    def epochs(self, phase: int) -> float:
+        """How often a phase reads the source that it reads most often."""
+        streams = self._phases[phase].streams
+        return max(batches / stream.batches for stream, batches in zip(streams, self._drawn(phase), strict=True))
+
     def words(self, phase: int) -> int:
         """The words a phase trains, each counted in the row that holds its first token."""
         total = 0

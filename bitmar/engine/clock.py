@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+MANY_EVENTS = 4096  # that are held before those that have passed are let go
+
 Mark = Any  # seconds, or a CUDA event
 
 
@@ -28,6 +30,8 @@ class StepClock:
         now = self._now()
         if self._cuda:
             self._passed.append((part, self._last, now))
+            if len(self._passed) >= MANY_EVENTS:
+                self._fold(wait=False)
         else:
             self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last
         self._last = now
@@ -36,11 +40,19 @@ class StepClock:
         """Seconds of each part since the last reading. Waits for the device."""
         if self._cuda:
             torch.cuda.synchronize()
-            for part, began, ended in self._passed:
-                self._seconds[part] = self._seconds.get(part, 0.0) + began.elapsed_time(ended) / 1000
-            self._passed.clear()
+            self._fold(wait=True)
         seconds, self._seconds = self._seconds, {}
         return seconds
+
+    def _fold(self, wait: bool) -> None:
+        """Take the times of events that have passed."""
+        waiting = []
+        for part, began, ended in self._passed:
+            if wait or ended.query():
+                self._seconds[part] = self._seconds.get(part, 0.0) + began.elapsed_time(ended) / 1000
+            else:
+                waiting.append((part, began, ended))
+        self._passed = waiting
 
     def _now(self) -> Mark:
         if not self._cuda:

@@ -67,6 +67,7 @@ def train_step(
     config: Config,
     world: World,
     step: int,
+    *,
     clock: StepClock | None = None,
     observe: bool = False,
 ) -> StepResult:
@@ -75,7 +76,8 @@ def train_step(
     An observed step takes a census and keeps what else is told of it.
     """
     clock = clock or StepClock(world.device)
-    engine.keep_scales(observe)
+    census = observe and (config.wandb.log_gradients or config.wandb.log_quantization)
+    engine.keep_scales(census)
     weights = {name: weight for name, weight in phase.losses.items() if weight > 0}
     counts = _total(loss_counts(batch) for batch in batches)
     words, samples = sum(b.words.sum() for b in batches), sum(b.samples for b in batches)
@@ -92,7 +94,7 @@ def train_step(
         clock.mark("Forward")
         engine.backward(part)
         clock.mark("Backward")
-        engine.step(census=observe)
+        engine.step(census=census)
         clock.mark("Update")
         told.append(tell(outputs, batch, observe))
         objective = objective + part.detach()
@@ -129,7 +131,7 @@ def train_step(
         latents=tuple(t.latents for t in told if t.latents is not None),
         entropy=torch.stack([t.entropy for t in told]).sum(),
         recall_cosines=torch.stack([t.recall_cosines for t in told]).sum(0),
-        census=engine.census if observe else None,
+        census=engine.census if census else None,
         gradient_norm=engine.gradient_norm,
         skipped=engine.skipped,
     )

@@ -83,7 +83,7 @@ class ZeroEngine:
         self._frozen: set[str] = set()
         self.census: Census | None = None  # of the last step that took one
         self.matrices = matrices_of(model)
-        self._watched = Watched()
+        self.watched = Watched()
         self._histograms = config.wandb.log_histograms
         self._adamw = config.optimizer
         self._parameters: list[tuple[str, Any]] = list(model.named_parameters())
@@ -191,7 +191,7 @@ class ZeroEngine:
             device = self.world.device
             counted = gradient_sums(self._gradients(), device)
             scales = scales_of(self.module, device)
-            weights = ternary_sums(self.fragments(), self.matrices, scales, self._watched)
+            weights = ternary_sums(self.fragments(), self.matrices, scales, self.watched)
             if self._histograms:
                 told = histograms(self._gradients(), "gradient", device), histograms(self.fragments(), "model", device)
         if boundary and self.stage == 0:
@@ -249,6 +249,7 @@ class ZeroEngine:
 
     def load(self, read: ReadPiece, adam_step: int) -> None:
         """Set weights, moments and the optimiser's step, each rank reading its own part. A collective."""
+        self.watched = Watched()  # of weights that are no more
         if self.stage == 3:
             self._optimizer._partition_all_parameters()
         for fragment in self._pieces((0, sys.maxsize), changed=True):

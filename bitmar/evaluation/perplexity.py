@@ -30,7 +30,7 @@ class Score:
     nats: Float[Tensor, ""]
     tokens: Int[Tensor, ""]
     correct: Int[Tensor, ""]
-    latents: tuple[Tensor, ...] = ()  # text and vision [N Z], image ids and whether it counts [N], where asked for
+    latents: tuple[Tensor, ...] = ()  # where asked for: text and vision [POOL Z], image ids, whether there is one
 
 
 def shuffled_memory(memory: MemoryState) -> MemoryState:
@@ -41,24 +41,29 @@ def shuffled_memory(memory: MemoryState) -> MemoryState:
 
 @torch.no_grad()
 def score(
-    forward: Forward, rows: Iterable[Rows], memory: MemoryState, world: World, pool_every: int | None = None
+    forward: Forward, rows: Iterable[Rows], memory: MemoryState, world: World, pool_of: int | None = None
 ) -> Score:
-    """Token loss and accuracy over `rows`; `forward` must be in eval mode. `pool_every`: keep latents of one caption
-    in so many."""
+    """Token loss and accuracy over `rows`; `forward` must be in eval mode. `pool_of`: keep latents of POOL rows of so
+    many."""
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens = torch.zeros((), dtype=torch.int64, device=world.device)
     correct = torch.zeros_like(tokens)
-    kept: list[tuple[Tensor, ...]] = []
+    kept: tuple[Tensor, ...] = ()
     for part in rows:
         batch = Batch.from_rows(part, world.device)
         outputs = forward(batch, memory)
         nats += outputs.token_losses.sum(dtype=torch.float64)
         tokens += (batch.targets != IGNORE).sum()
         correct += outputs.hits.sum()
-        if pool_every is not None:
-            counted = batch.pair_mask & (batch.rows % pool_every == 0)
-            kept.append((outputs.text_latent.float(), outputs.vision_latent.float(), batch.image_ids, counted))
-    return Score(nats, tokens, correct, tuple(torch.cat(column) for column in zip(*kept, strict=True)))
+        if pool_of is not None:
+            place = batch.rows * POOL // pool_of  # of POOL, spread evenly over all rows
+            chosen = batch.pair_mask & ((batch.rows - 1) * POOL // pool_of < place)
+            found = (outputs.text_latent.float(), outputs.vision_latent.float(), batch.image_ids, chosen)
+            if not kept:
+                kept = tuple(x.new_zeros(POOL, *x.shape[1:]) for x in found)
+            for pool, x in zip(kept, found, strict=True):
+                pool[place[chosen]] = x[chosen]
+    return Score(nats, tokens, correct, kept)
 
 
 def validate(
@@ -71,8 +76,7 @@ def validate(
 ) -> None:
     """Fill the Validation/ metrics. The memory is read and stays as it is."""
     if captions is not None:
-        pool_every = -(-captions.rows // POOL)
-        right = score(forward, captions.batches("right"), memory, world, pool_every)
+        right = score(forward, captions.batches("right"), memory, world, captions.rows)
         statistics.add("Validation/Loss", right.nats, right.tokens)
         statistics.add("Validation/Perplexity", right.nats, right.tokens)
         statistics.add("Validation/Token_Accuracy", right.correct, right.tokens)
@@ -86,7 +90,9 @@ def validate(
         mixed = score(forward, captions.batches("right"), shuffled_memory(memory), world)
         statistics.add("Validation/Loss_Shuffled_Memory", mixed.nats, mixed.tokens)
         statistics.add("Validation/Memory_Gain_Shuffled", mixed.nats - right.nats, right.tokens)
-        pool = [world.gather(part).flatten(0, 1) for part in right.latents]
+        *values, counted = right.latents
+        pool = [world.sum(part) for part in values]  # each row is one rank's
+        pool.append(world.sum(counted.long()) > 0)
         statistics.same("Validation/Retrieval_R1", nearest_is_own(*pool))
     if text is not None:
         held_out = score(forward, text.batches("right"), memory, world)

@@ -108,16 +108,18 @@ def shown_attention(
     shown: Shown,
 ) -> Float[Tensor, "B H T E"]:
     """Scaled dot-product attention in plain operations, whose weights and gates go to `shown`."""
-    scores = query.float() @ key.float().mT / query.shape[-1] ** 0.5
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    weights = scores.softmax(-1)
+    with torch.autocast(query.device.type, enabled=False):  # whose products and weights would be of the lower precision
+        scores = query.float() @ key.float().mT / query.shape[-1] ** 0.5
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        weights = scores.softmax(-1)
     gates = head_gates(query)
     shown.layers.append(Heads(weights.detach(), gates))
     return weights.to(value.dtype) @ value * gates[..., None, None]
 
 
 def head_gates(x: Float[Tensor, "B H *D"]) -> Float[Tensor, "B H"]:
+    """A factor of 1 for each head's output in each row, whose gradient is the head's importance."""
     return torch.ones(x.shape[:2], dtype=x.dtype, device=x.device, requires_grad=torch.is_grad_enabled())
 
 

@@ -57,8 +57,9 @@ class _TokenLosses(torch.autograd.Function):
         grad_weight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight) if table_wanted else None
         with torch.autocast(hidden.device.type, enabled=False):
             rows, table = hidden.to(dtype), weight.to(dtype)
-            buffer = hidden.new_empty(_block(len(hidden), weight), len(weight), dtype=dtype)
-            for block in _blocks(len(hidden), weight):
+            size = _block(len(hidden), weight, 2 if entropy else 1)
+            buffer = hidden.new_empty(size, len(weight), dtype=dtype)
+            for block in _blocks(len(hidden), size):
                 logits = torch.mm(rows[block], table.T, out=buffer[: len(rows[block])]).float()
                 largest, own = logits.amax(1, keepdim=True), logits.gather(1, at[block])
                 share = torch.softmax(logits, 1) if entropy else torch.softmax(logits, 1, out=logits)
@@ -94,15 +95,14 @@ class _TokenLosses(torch.autograd.Function):
         return *scaled, None, None, None
 
 
-def _block(positions: int, weight: Tensor) -> int:
-    """Positions of a block: all blocks alike, as few as the limit lets them be."""
+def _block(positions: int, weight: Tensor, tables: int) -> int:
+    """Positions of a block: all blocks alike, as few as the limit lets them be. `tables` of its size are held."""
     cpu = weight.device.type == "cpu"
     limit = BLOCK_LOGITS_A_THREAD * torch.get_num_threads() if cpu else BLOCK_LOGITS_OF_A_DEVICE
-    most = max(1, limit // len(weight))
+    most = max(1, limit // (tables * len(weight)))
     return -(-positions // max(1, -(-positions // most)))
 
 
-def _blocks(positions: int, weight: Tensor) -> Iterator[slice]:
-    size = _block(positions, weight)
+def _blocks(positions: int, size: int) -> Iterator[slice]:
     for start in range(0, positions, max(1, size)):
         yield slice(start, min(start + size, positions))

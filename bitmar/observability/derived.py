@@ -90,7 +90,8 @@ class History:
 
     def __init__(self) -> None:
         self._epoch: tuple[float, float] | None = None  # (phase, epoch)
-        self._losses: list[float] = []  # of the epoch's logs
+        self._losses, self._steps = 0.0, 0.0  # summed over the epoch's steps; how many
+        self._logged = 0.0  # step of the last log
         self._recent: deque[tuple[float, float]] = deque(maxlen=TREND_LOGS)  # (step, loss) of the phase's
         self._language_loss = math.nan
         self._validation_loss = math.nan
@@ -114,13 +115,14 @@ class History:
         loss, phase = numbers["Training/Loss"], numbers["Training/Phase"]
         epoch = (phase, math.ceil(numbers.get("Training/Epoch", 1.0) - 1e-9))
         if self._epoch != epoch:
-            self._losses.clear()
+            self._losses, self._steps = 0.0, 0.0
         if self._epoch is None or self._epoch[0] != phase:
             self._recent.clear()
         self._epoch, self._language_loss = epoch, numbers.get("Training/Loss_LM", math.nan)
-        self._losses.append(loss)
+        steps, self._logged = numbers[STEP_METRIC] - self._logged, numbers[STEP_METRIC]
+        self._losses, self._steps = self._losses + steps * loss, self._steps + steps
         self._recent.append((numbers[STEP_METRIC], loss))
-        found = {"Training/Loss_Epoch_Mean": math.fsum(self._losses) / len(self._losses)}
+        found = {"Training/Loss_Epoch_Mean": self._losses / self._steps} if self._steps else {}
         if len(self._recent) > 1:
             steps, losses = np.array(self._recent).T
             centred = steps - steps.mean()

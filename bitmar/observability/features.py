@@ -15,6 +15,8 @@ RIDGE = 1e-2  # of the kernel's mean diagonal
 
 def effective_rank(x: Float[Tensor, "N Z"]) -> Float[Tensor, ""]:
     """exp of the entropy of the singular values, as shares of their sum (Roy and Vetterli 2007, definition 1)."""
+    if not x.isfinite().all():  # which torch.linalg refuses
+        return x.new_tensor(torch.nan)
     values = torch.linalg.svdvals(x.double())
     share = values / values.sum().clamp(min=1e-30)
     return torch.special.entr(share).sum().exp()
@@ -45,6 +47,8 @@ def reconstruction(
     is [A^-1 Y]_i / [A^-1]_ii with A = E E^T + ridge (Hastie et al. 2009, The Elements of Statistical Learning, 7.10.1
     and 12.3.7).
     """
+    if not (episodes.isfinite().all() and vectors.isfinite().all()):
+        return episodes.new_tensor(torch.nan), episodes.new_tensor(torch.nan)
     e, y = episodes.double(), vectors.double()
     e = torch.cat([e, e.new_ones(len(e), 1) * e.norm(dim=1).mean()], dim=1)  # the last column carries the mean
     kernel = e @ e.T
@@ -55,7 +59,9 @@ def reconstruction(
 
 
 def principal_plane(x: Float[Tensor, "N Z"]) -> tuple[Float[Tensor, "N 2"], Float[Tensor, "2"]]:
-    """(coordinates on the first two principal components, their shares of the variance)."""
+    """(coordinates on the first two principal components, their shares of the variance); NaN where x is not finite."""
+    if not x.isfinite().all():
+        return x.new_full((len(x), 2), torch.nan), x.new_full((2,), torch.nan)
     centred = x.double() - x.double().mean(0)
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
     plane = centred @ directions[:2].T

@@ -40,8 +40,15 @@ def gates_of(shown: dict[str, list[Heads]]) -> list[Tensor]:
     return [heads.gates for layers in shown.values() for heads in layers]
 
 
-def figures(layers: Sequence[Heads], gradients: Sequence[Float[Tensor, "B H"]], batch: Batch, causal: bool) -> Figures:
-    """Of the layers of one kind. `gradients`: of the summed token losses by the gates.
+def figures(
+    layers: Sequence[Heads],
+    gradients: Sequence[Float[Tensor, "B H"]],
+    batch: Batch,
+    causal: bool,
+    keys: Tensor | int | None = None,
+) -> Figures:
+    """Of the layers of one kind. `gradients`: of the summed token losses by the gates; `keys`: how many a query has,
+    where it is not all.
 
     A query is a real position of the batch; cross-modal and memory attention count those of rows with an image.
     Importance: |gradient| of a sample's mean token loss by its gates (Michel et al. 2019, section 4.1, who take the
@@ -49,22 +56,26 @@ def figures(layers: Sequence[Heads], gradients: Sequence[Float[Tensor, "B H"]], 
     """
     asked = batch.token_mask if causal else batch.token_mask & batch.has_vision[:, None]
     tokens = asked.sum(1)
-    parts = [_layer(heads.weights, asked, causal) for heads in layers]
+    parts = [_layer(heads.weights, asked, causal, keys) for heads in layers]
     scale = torch.where(tokens > 0, 1 / tokens.clamp(min=1), 0.0)
     importance = [(g.detach().abs().double() * scale[:, None]).sum(0) for g in gradients]
     entropy, concentration, distance, first = (torch.stack(p) for p in zip(*parts, strict=True))
     return Figures(entropy, concentration, distance, first, asked.sum(), torch.stack(importance), (tokens > 0).sum())
 
 
-def _layer(weights: Float[Tensor, "B H T S"], asked: Bool[Tensor, "B T"], causal: bool) -> tuple[Tensor, ...]:
+def _layer(
+    weights: Float[Tensor, "B H T S"], asked: Bool[Tensor, "B T"], causal: bool, count: Tensor | int | None
+) -> tuple[Tensor, ...]:
     """(entropy, concentration, distance, first-key mass), each [H] summed over the queries that are asked for."""
     w = weights
     if not causal:  # memory leaves the rest to the null slot; least squares gives weights of either sign
         w = torch.cat([weights.abs(), (1 - weights.abs().sum(-1, keepdim=True)).clamp(min=0)], dim=-1)
         w = w / w.sum(-1, keepdim=True)
         weights = w[..., :-1]
-    keys = torch.arange(1, w.shape[2] + 1, device=w.device) if causal else torch.full((w.shape[2],), weights.shape[-1])
-    most = (-(-keys.to(w.device) // TOP_SHARE) - 1)[None, None, :, None].expand(*w.shape[:3], 1)
+    keys = torch.arange(1, w.shape[2] + 1, device=w.device)
+    if not causal:
+        keys = keys * 0 + (weights.shape[-1] if count is None else count)
+    most = (-(-keys // TOP_SHARE) - 1).clamp(min=0)[None, None, :, None].expand(*w.shape[:3], 1)
     concentration = weights.sort(-1, descending=True).values.cumsum(-1).gather(-1, most)[..., 0]
     places = torch.arange(weights.shape[-1], device=w.device)
     far = (torch.arange(w.shape[2], device=w.device)[:, None] - places).abs()
@@ -73,14 +84,18 @@ def _layer(weights: Float[Tensor, "B H T S"], asked: Bool[Tensor, "B T"], causal
 
 
 def fill_heads(
-    statistics: Statistics, shown: dict[str, list[Heads]], gradients: Sequence[Tensor], batch: Batch
+    statistics: Statistics,
+    shown: dict[str, list[Heads]],
+    gradients: Sequence[Tensor],
+    batch: Batch,
+    written: Bool[Tensor, "K"],
 ) -> None:
-    """Add the figures of every kind. `gradients`: of `gates_of(shown)`."""
+    """Add the figures of every kind. `gradients`: of `gates_of(shown)`; `written`: slots that memory attends to."""
     rest = list(gradients)
     for kind, layers in shown.items():
         mine, rest = rest[: len(layers)], rest[len(layers) :]
         name, causal = KINDS[kind], kind in ("encoder", "decoder")
-        f = figures(layers, mine, batch, causal)
+        f = figures(layers, mine, batch, causal, written.sum() if kind == "memory" else None)
         statistics.add(f"Attention/Heads_{name}_Importance", f.importance, f.samples)
         statistics.add(f"Attention/Heads_{name}_Entropy", f.entropy, f.queries)
         statistics.add(f"Attention/Heads_{name}_Concentration", f.concentration, f.queries)

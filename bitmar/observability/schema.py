@@ -120,6 +120,7 @@ STEP_METRIC = "Training/Step"
 
 
 def title(component: str) -> str:
+    """A component as it stands in names."""
     return component.capitalize()
 
 
@@ -133,7 +134,7 @@ _TRAINING = (
     Metric("Training/Loss_Share_Recall", "fraction", _MEAN, _STEP, "part of the objective, its weight counted"),
     Metric("Training/Learning_Rate", "1", _SAME, _STEP, "rate of the schedule at this step"),
     Metric("Training/Weight_Decay", "1", _SAME, _STEP, "decay of the schedule at this step"),
-    Metric("Training/Epoch", "epochs", _SAME, _STEP, "epochs of the phase's sources, with a fraction"),
+    Metric("Training/Epoch", "epochs", _SAME, _STEP, "of the source that the phase reads most often"),
     Metric(STEP_METRIC, "steps", _SAME, _STEP, "optimizer steps since the run began"),
     Metric("Training/Phase", "index", _SAME, _STEP, "place of the phase in the recipe's list, from 0"),
     Metric("Training/Words", "words", _SAME, _STEP, "words trained since the run began, each pass counted"),
@@ -142,7 +143,7 @@ _TRAINING = (
     Metric("Training/Perplexity", "1", _EXP_MEAN, _STEP, "exp of Training/Loss_LM"),
     Metric("Training/Prediction_Entropy", "nats/token", _MEAN, _STEP, "of the predictions, at the log's last step"),
     Metric("Training/Skipped_Updates", "steps", _SAME, _STEP, "updates left out for a loss or gradient not finite"),
-    Metric("Training/Loss_Epoch_Mean", "nats/token", _DERIVED, _STEP, "mean of the epoch's logs of the loss so far"),
+    Metric("Training/Loss_Epoch_Mean", "nats/token", _DERIVED, _STEP, "mean of the loss over the epoch's steps so far"),
     Metric(
         "Training/Loss_Trend",
         "nats/token/1000 steps",
@@ -150,7 +151,7 @@ _TRAINING = (
         _STEP,
         "slope of Training/Loss over the last 20 logs of the phase, by least squares",
     ),
-    Metric("Training/Validation_Ratio", "1", _DERIVED, _STEP, "the last Validation/Loss over Training/Loss_LM"),
+    Metric("Training/Validation_Ratio", "1", _DERIVED, _VALIDATION, "Validation/Loss over the last Training/Loss_LM"),
 )
 _VALIDATIONS = (
     Metric("Validation/Loss", "nats/token", _MEAN, _VALIDATION, "held-out captions, right image"),
@@ -168,7 +169,7 @@ _VALIDATIONS = (
         "fraction",
         _SAME,
         _VALIDATION,
-        "captions whose own image is the nearest of a fixed pool of 256 pairs (or all, where fewer are held out)",
+        "captions whose own image is the nearest of a fixed pool of 256 pairs, or of all where fewer are held out",
     ),
 )
 _MEMORY = (
@@ -180,7 +181,7 @@ _MEMORY = (
     Metric("Memory/Writes", "episodes/step", _MEAN, _STEP, "episodes written in a step"),
     Metric("Memory/Blends", "episodes/step", _MEAN, _STEP, "of those, blended into a slot of the same image"),
     Metric("Memory/Evictions", "episodes/step", _MEAN, _STEP, "of those, put in place of another episode"),
-    Metric("Memory/Write_Norm", "1", _SAME, _STEP, "norm of the slots written in the log's last step, mean"),
+    Metric("Memory/Write_Norm", "1", _SAME, _STEP, "norm of the slots last written, mean"),
     Metric("Memory/Read_Norm", "1", _MEAN, _ATTENTION, "norm of the value that a position reads, mean"),
     Metric("Memory/Read_Entropy", "nats", _MEAN, _ATTENTION, "of a position's read weights over the slots, mean"),
     Metric("Memory/Analysis_Avg_Similarity", "cosine", _SAME, _STEP, "between the values of two written slots, mean"),
@@ -243,7 +244,9 @@ _QUANTIZATION = (
     Metric("Quantization/Sparsity_{ternary}", "fraction", _DERIVED, _STEP, "weights that round to 0"),
     Metric("Quantization/Plus_{ternary}", "fraction", _DERIVED, _STEP, "weights that round to 1"),
     Metric("Quantization/Minus_{ternary}", "fraction", _DERIVED, _STEP, "weights that round to -1"),
-    Metric("Quantization/Flips_{ternary}", "fraction", _MEAN, _STEP, "of a fixed 1 in 16, changed since the last log"),
+    Metric(
+        "Quantization/Flips_{ternary}", "fraction", _MEAN, _STEP, "of a fixed 1 in 16, changed since the last census"
+    ),
     Metric("Quantization/Activation_Zero_{ternary}", "fraction", _MEAN, _ATTENTION, "activations that round to 0"),
     Metric("Quantization/Activation_Error_{ternary}", "1", _ROOT_MEAN, _ATTENTION, "RMS of the rounding over RMS"),
     Metric("Quantization/Bits_Per_Weight", "bits", _DERIVED, _STEP, "entropy of the ternary values"),
@@ -286,16 +289,16 @@ _THROUGHPUT = (
     Metric("Throughput/Tokens_Per_Second_Per_GPU", "tokens/s", _DERIVED, _STEP, "of one rank, mean"),
     Metric("Throughput/Step_Seconds", "s", _MEAN, _STEP, "time of an optimizer step"),
     *(
-        Metric(f"Throughput/{part}_Seconds", "s", _MEAN, _STEP, f"of it, {meaning}")
+        Metric(f"Throughput/{part}_Seconds", "s", _MEAN, _STEP, meaning)
         for part, meaning in zip(
             PARTS,
             (
-                "waiting for the batch",
-                "forward passes and losses",
-                "backward passes",
-                "reduction of gradients, update and memory",
-                "statistics, logs and probes, beside it",
-                "held by checkpoints, beside it",
+                "of it, waiting for the batch",
+                "of it, forward passes and losses",
+                "of it, backward passes and the reduction of gradients",
+                "of it, the update, its census and the memory",
+                "a step's statistics, and beside it the log before, with its probes",
+                "beside it, held by checkpoints since the log before",
             ),
             strict=True,
         )
@@ -325,7 +328,7 @@ _DATA = (
     Metric("Data/Wait_Seconds", "s", _MEAN, _STEP, "time a step waits for its batch"),
     Metric("Data/Padding_Efficiency", "fraction", _MEAN, _STEP, "real tokens / token slots"),
     Metric("Data/Damaged_Samples", "samples", _SAME, _STEP, "damaged samples met by any rank so far"),
-    Metric("Data/Epoch_Progress", "fraction", _SAME, _STEP, "of the phase"),
+    Metric("Data/Epoch_Progress", "fraction", _SAME, _STEP, "of the present epoch"),
     Metric("Data/Source_Share_{source}", "fraction", _MEAN, _STEP, "of the samples since the last log"),
 )
 TEMPLATES: tuple[Metric, ...] = (

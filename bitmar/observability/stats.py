@@ -29,8 +29,9 @@ class Slots:
         self._host = np.zeros(length)
 
     def add(self, at: slice, value: Tensor | float) -> None:
+        """Add a number, or a tensor of as many as `at` has slots."""
         if isinstance(value, Tensor):
-            self._device[at].add_(value.detach().reshape(-1))
+            self._device[at].add_(value.detach().reshape(-1).to(self._device.device))
         else:
             self._host[at] += value
 
@@ -39,6 +40,7 @@ class Slots:
         self._device.index_add_(0, index, values.detach().to(torch.float64))
 
     def put(self, at: slice, value: Tensor | float) -> None:
+        """Set slots to a number, or to a tensor of as many."""
         self._host[at] = 0.0
         if isinstance(value, Tensor):
             self._device[at].copy_(value.detach().reshape(-1))
@@ -46,9 +48,16 @@ class Slots:
             self._device[at].fill_(value)
 
     def total(self) -> Tensor:
+        """What both hold, on the device."""
         return self._device + torch.from_numpy(self._host).to(self._device.device)
 
+    @property
+    def bytes(self) -> int:
+        """Held on the device."""
+        return self._device.numel() * self._device.element_size()
+
     def reset(self) -> None:
+        """Set all to 0."""
         self._device.zero_()
         self._host.fill(0.0)
 
@@ -89,6 +98,13 @@ class Statistics:
         self.extreme_counts = Slots(sizes[1], self.device)
         self._indices: dict[tuple[str, ...], Tensor] = {}
         self.reset()
+
+    @property
+    def device_bytes(self) -> int:
+        """Held on the device."""
+        slots = (self.sums, self.counts, self.squares, self.extreme_counts, self.last, self.last_counts)
+        tensors = [self.extremes, *self._indices.values()]
+        return sum(s.bytes for s in slots) + sum(t.numel() * t.element_size() for t in tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._metrics

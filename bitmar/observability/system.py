@@ -39,6 +39,16 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS if part in name), None)
 
 
+def _utilization(device: torch.device) -> float | None:
+    """Of a device, in percent; None where its driver does not tell (a slice of a GPU, some containers)."""
+    import pynvml  # here, because only a node with GPUs needs it
+
+    try:
+        return torch.cuda.utilization(device)
+    except pynvml.NVMLError:
+        return None
+
+
 class SystemProbe:
     """Shows this rank's process and device to the System/ metrics."""
 
@@ -68,11 +78,12 @@ class SystemProbe:
     def _fill_gpu(self, statistics: Statistics) -> float:
         device = self._device
         free, total = torch.cuda.mem_get_info(device)
-        percent, busy = 100 * (1 - free / total), torch.cuda.utilization(device)
+        percent, busy = 100 * (1 - free / total), _utilization(device)
         statistics.peak("System/GPU_Memory_Allocated", torch.cuda.memory_allocated(device))
         statistics.peak("System/GPU_Memory_Reserved", torch.cuda.memory_reserved(device))
         statistics.peak("System/GPU_Memory_Peak", torch.cuda.max_memory_allocated(device))
         statistics.peak("System/GPU_Memory_Percent", percent)
-        statistics.peak("System/GPU_Utilization_Max", busy)
-        statistics.add("System/GPU_Utilization_Mean", busy)
+        if busy is not None:
+            statistics.peak("System/GPU_Utilization_Max", busy)
+            statistics.add("System/GPU_Utilization_Mean", busy)
         return percent

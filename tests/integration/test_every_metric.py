@@ -138,7 +138,7 @@ def measure_one(world: World, folder: Path, config: Config) -> dict[str, Any]:
         watch=watch,
         lengths=[10],
         damaged={("a", "b")},
-        loader=SimpleNamespace(wait_seconds=0.25),
+        loader=SimpleNamespace(wait_seconds=0.25, order=SimpleNamespace(epochs=lambda phase: 3.0)),
         memory=MemoryState.empty(config.model.memory_size, config.model.episode_dim),
         window=Window(sources=np.zeros(len(SOURCES), np.int64), last=(LoaderState(0, 4), RATES)),
         progress=SimpleNamespace(step=5, words=777, skipped=3),
@@ -351,10 +351,11 @@ class Joined:
         return float(torch.stack(found).mean())
 
     def concentration(self, kind: str) -> float:
-        found = []
+        found, written = [], int(self.memory(2).written.sum())
         for layer in range(self.layers(kind)):
             for w in self.weights(kind, layer):
-                found.append(w.topk(math.ceil(w.shape[-1] / 10)).values.sum(-1).mean())
+                keys = written if kind == "Memory" else w.shape[-1]
+                found.append(w.topk(math.ceil(keys / 10)).values.sum(-1).mean())
         return float(torch.stack(found).mean())
 
     def first_mass(self, kind: str) -> float:
@@ -577,7 +578,7 @@ CHECKS: dict[str, Check] = {
     "Training/Loss_Share_Recall": lambda j: j.share("recall"),
     "Training/Learning_Rate": lambda j: RATES.learning_rate,
     "Training/Weight_Decay": lambda j: RATES.weight_decay,
-    "Training/Epoch": lambda j: 0.5,
+    "Training/Epoch": lambda j: 1.5,
     "Training/Step": lambda j: 5,
     "Training/Phase": lambda j: 0,
     "Training/Words": lambda j: 777,

@@ -53,7 +53,7 @@ def test_the_blocks_are_alike_and_keep_to_the_limit(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(head, "BLOCK_LOGITS_A_THREAD", a_thread(10))
     weight = torch.zeros(VOCABULARY, WIDTH)
     for positions in range(1, 60):
-        sizes = [block.stop - block.start for block in head._blocks(positions, weight)]
+        sizes = [block.stop - block.start for block in head._blocks(positions, head._block(positions, weight, 1))]
         assert sum(sizes) == positions
         assert max(sizes) <= 10
         assert len(sizes) == -(-positions // 10)

@@ -15,16 +15,18 @@ from bitmar import observing
 from bitmar.assembly import Run, assemble
 from bitmar.config import Config, load_config
 from bitmar.engine.census import matrices_of
+from bitmar.engine.schedule import Rates, rates_at
 from bitmar.engine.world import World
 from bitmar.model.bitmar import BitMar
 from bitmar.observability.board import Board
 from bitmar.observability.reduce import payload
 from bitmar.observability.schema import Layout, schema_of
 from bitmar.observability.stats import Statistics
+from shards.loader import LoaderState
 from tools.data_bench.records import ROOT
 from tools.engine_bench.common import Bench, Row
 from tools.engine_bench.ranks import Group
-from tools.observability_bench.cadence import EVERYTHING, Beats, _train
+from tools.observability_bench.cadence import EVERYTHING, Beats, train_steps
 
 MANY_RANKS, RANKS_A_NODE = 1024, 8
 BYTES_BAR, HELD_BAR_MS, MEMORY_BAR = 64 * 1024, 2.0, 0.01
@@ -40,7 +42,7 @@ def collective_rows(bench: Bench) -> Iterator[Row]:
     told = group.ask("log")[0]
     group.close()
     yield {
-        "name": "observability collectives: of a log step, with everything logged (demo, 2 ranks)",
+        "name": "observability collectives: of a log, metrics and attention (demo, 2 ranks)",
         "ours": sum(told.values()),
         "theirs": None,
         "value": sum(told.values()),
@@ -71,6 +73,8 @@ def plot_rows(bench: Bench) -> Iterator[Row]:
     draw = np.random.default_rng(0)
     arrays = {name: draw.random(shape) for name, shape in shapes.items()}
     folder = bench.folder / "board"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"Training/Step": 1, "Training/Loss": 2.0}\n')
     board, held = Board(folder, str, layout.matrices), list[float]()
     memory = {name: draw.random(model.memory_size) for name in ("usage", "age", "written", "image_ids")}
     for step in range(20 if bench.quick else 200):
@@ -84,6 +88,8 @@ def plot_rows(bench: Bench) -> Iterator[Row]:
         held.append(1000 * (time.perf_counter() - began))
         time.sleep(0.01)
     board.close()
+    problems = list(board.problems())
+    assert not problems, problems
     yield {
         "name": "observability plot: training thread held by what pictures are made from, the longest (120M shapes)",
         "ours": round(max(held), 3),
@@ -126,7 +132,7 @@ def _payload_bytes(config: Config, ranks: int) -> int:
 def _counting_rank(world: World, link: Connection, config: Config) -> None:
     """Counts what a log sends, by operation."""
     run = assemble(config, world, Beats())
-    _train(run, 2)
+    train_steps(run, 2)
     counts: dict[str, int] = {}
     plain = dist.all_reduce
 
@@ -145,16 +151,13 @@ def _counting_rank(world: World, link: Connection, config: Config) -> None:
     run.sinks.close(0)
 
 
-def _last_of(run: Run) -> Any:
-    from bitmar.engine.schedule import rates_at
-    from shards.loader import LoaderState
-
+def _last_of(run: Run) -> tuple[LoaderState, Rates]:
     return LoaderState(0, run.progress.step - 1), rates_at(run.progress.step, sum(run.lengths), run.config.optimizer)
 
 
 def _holding_rank(world: World, link: Connection, config: Config) -> None:
     run = assemble(config, world, Beats())
-    _train(run, 1)
+    train_steps(run, 1)
     link.recv()
     link.send(held_bytes(run))
     link.recv()
@@ -163,10 +166,7 @@ def _holding_rank(world: World, link: Connection, config: Config) -> None:
 
 def held_bytes(run: Run) -> int:
     """Of statistics, probes and what the census watches."""
-    statistics = run.watch.statistics
-    slots = (statistics.sums, statistics.counts, statistics.squares, statistics.extreme_counts)
-    tensors = [s._device for s in (*slots, statistics.last, statistics.last_counts)] + [statistics.extremes]
-    tensors += [*statistics._indices.values(), run.engine._watched.packed]
-    for batch in run.watch.probes.heads:
-        tensors += [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    tensors = [run.engine.watched.packed]
+    for held in (*run.watch.probes.heads, run.engine.census):
+        tensors += [value for value in vars(held).values() if isinstance(value, torch.Tensor)]
+    return run.watch.statistics.device_bytes + sum(t.numel() * t.element_size() for t in tensors)
