@@ -294,7 +294,7 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """What is measured, how often, and where it is shown. metrics.jsonl and, by create_plots, plots/ are written without
+    """What is measured, how often, and where it is shown. metrics.jsonl and, by create_plots, plots/ are made without
     wandb too."""
 
     enabled: bool = True  # False leaves wandb out

@@ -29,7 +29,7 @@ def script(name: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 def test_local_run_on_two_ranks(tmp_path: Path, tiny_shards: Path) -> None:
     path = write_recipe(tmp_path / "tiny.yaml", recipe(tiny_shards, tmp_path / "runs", "launched"))
-    done = script("local.sh", str(path), "2", "training.max_steps=6", "wandb.offline=true")
+    done = script("local.sh", str(path), "2", "training.max_steps=6", "wandb.enabled=true", "wandb.offline=true")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "launched"
     summary = json.loads((run / "summary.json").read_text())
