@@ -35,6 +35,7 @@ from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import LATENTS, LOSS_NAMES, PARTS, TERNARY, title
 from bitmar.observability.stats import Statistics
 from bitmar.watch import Window
+from shards.loader import LoaderState
 from shards.rows import Rows
 
 SHOWN_CAPTIONS = 4  # of the probe set, in the picture of cross-modal attention
@@ -364,14 +365,16 @@ def gather_latents(run: Run) -> None:
         run.watch.board.take_latents(run.progress.step, values)
 
 
-def draw(run: Run) -> None:
-    """Have pictures made after the last step of an epoch whose number the recipe names, and show those made."""
-    board, last = run.watch.board, run.window.last
+def draw(run: Run, state: LoaderState) -> None:
+    """Have pictures made after the last step of an epoch whose number the recipe names, and show those made.
+
+    `state`: of the step just done. Those of the run's last step are made once it is validated, by train.finish.
+    """
+    board, position, length = run.watch.board, state.position, run.lengths[state.phase]
     if board is None:
         return
-    if last is not None:
-        position, length = last[0].position, run.lengths[last[0].phase]
-        every = run.config.wandb.plot_every_n_epochs / (run.config.phases[last[0].phase].epochs or 1.0)
+    if run.progress.step < run.last_step:
+        every = run.config.wandb.plot_every_n_epochs / (run.config.phases[state.phase].epochs or 1.0)
         if (position + 1) / length // every > position / length // every:
             board.draw(run.progress.step)
     show_pictures(run)

@@ -177,7 +177,7 @@ def loop(run: Run) -> None:
             save(run)
         tell_saved(run, run.saver.poll())
         run.watch.clock.mark("Checkpoint")
-        draw(run)
+        draw(run, state)
 
 
 def next_step(run: Run, steps: Iterator[tuple[LoaderState, list[Rows]]]) -> tuple[LoaderState, list[Rows]]:

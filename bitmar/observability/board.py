@@ -73,7 +73,7 @@ class Board:
         self._run_dir = run_dir.resolve()  # the drawing process has another working directory
         self._decode, self._matrices = decode, matrices
         self._data, self._analysis = self._run_dir / "plots" / "data", self._run_dir / "attention_analysis"
-        self._last_draw = -1
+        self._wishes = 0
         self._mended: set[Path] = set()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._drawn: queue.SimpleQueue[tuple[int, Path]] = queue.SimpleQueue()
@@ -95,8 +95,9 @@ class Board:
 
     def draw(self, step: int) -> None:
         """Have all pictures made from what has been taken. While one drawing goes on, only the last wish is kept."""
-        self._last_draw = step
-        self._work.put(lambda: self._draw(step) if step == self._last_draw else None)
+        self._wishes += 1
+        wish = self._wishes
+        self._work.put(lambda: self._draw(step) if wish == self._wishes else None)
 
     def pictures(self) -> Iterator[tuple[int, Path]]:
         """(step, file) of the pictures that have become ready since the last call."""
