@@ -361,4 +361,6 @@ def announce(run: Run) -> None:
     )
     phases = {p.name: n for p, n in zip(run.config.phases, run.lengths, strict=True)}
     code = code_version()
-    run.sinks.event("start", step=run.progress.step, world=run.world.size, parameters=total, phases=phases, **code)
+    data = "generated" if run.shards.generated else "given"
+    start = {"step": run.progress.step, "world": run.world.size, "parameters": total, "phases": phases, "data": data}
+    run.sinks.event("start", **start, **code)

@@ -382,13 +382,16 @@ def gather_latents(run: Run) -> None:
 
 
 def draw(run: Run, state: LoaderState) -> None:
-    """Have pictures made after the last step of an epoch whose number the recipe names, and show those made."""
+    """Have pictures made after the last step of an epoch whose number the recipe names, and show those made.
+
+    `state`: of the step just done. Those of the run's last step are made once it is validated, by train.finish.
+    """
     if run.watch.board is None:
         return
     a_step = run.loader.order.epochs(state.phase) / run.lengths[state.phase]
     before, after = (math.floor(n * a_step + 1e-9) for n in (state.position, state.position + 1))
     every = run.config.wandb.plot_every_n_epochs
-    if after // every > before // every:
+    if after // every > before // every and run.progress.step < run.last_step:
         run.watch.board.draw(run.progress.step)
     show_pictures(run)
 

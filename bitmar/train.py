@@ -30,7 +30,6 @@ from bitmar.engine.world import World, is_lost_peer, join_world, leave_world
 from bitmar.evaluation.perplexity import validate
 from bitmar.model.bitmar import Outputs
 from bitmar.model.memory import MemoryState
-from bitmar.observability.plots import write_plots
 from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import Cadence, schema_of, select
 from bitmar.observability.stats import Statistics
@@ -296,9 +295,8 @@ def finish(run: Run) -> None:
         return
     directory = run.config.run_directory
     if run.watch.board is not None:
+        run.watch.board.draw(run.progress.step)
         run.watch.board.close()
-        for path in write_plots(directory, [phase.name for phase in run.config.phases], run.shards.generated):
-            run.sinks.image(run.progress.step, f"Plots/{path.stem}", path)
         show_pictures(run)
     if run.config.wandb.log_model_checkpoints:
         plots = sorted((directory / "plots").glob("*.png"))

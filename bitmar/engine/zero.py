@@ -227,7 +227,10 @@ class ZeroEngine:
         for piece in self.fragments():
             p: Any = self._by_name[piece.name]
             length = len(piece.tensors["model"])
-            if self.stage == 3:
+            if self.stage == 3 and self._optimizer.offload_optimizer:  # it lies beside the weights
+                group, offset, _ = self._optimizer.grad_position[self._optimizer.get_param_id(p)]
+                gradient = self._optimizer.fp32_partitioned_groups_flat[group].grad.narrow(0, offset, length)
+            elif self.stage == 3:
                 gradient = safe_get_local_grad(p).view(-1)[:length]
             elif self.stage > 0:
                 gradient = p._hp_mapping.get_lp_grad_fragment(p._index_in_param_group).view(-1)

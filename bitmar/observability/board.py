@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 WAIT_S = 120.0  # for the last pictures, when a run ends
+DRAW_S = 600.0  # for all of them while it goes on: the drawing process gets what training leaves of the cores
 Arrays = dict[str, np.ndarray]
 
 
@@ -46,6 +47,17 @@ def read_records(path: Path) -> Iterator[Arrays]:
     yield from records
 
 
+def cut_torn(path: Path) -> None:
+    """Cut off a record that a kill has left unfinished: those appended after it could not be read."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        whole = 0
+        while _next(file) is not None:
+            whole = file.tell()
+        file.truncate(whole)
+
+
 def _next(file: object) -> Arrays | None:
     try:
         names = np.load(file, allow_pickle=False)  # type: ignore[arg-type]
@@ -58,8 +70,11 @@ class Board:
     """Takes arrays from the training thread of rank 0."""
 
     def __init__(self, run_dir: Path, decode: Callable[[int], str], matrices: tuple[str, ...]) -> None:
-        self._run_dir, self._decode, self._matrices = run_dir, decode, matrices
-        self._data, self._analysis = run_dir / "plots" / "data", run_dir / "attention_analysis"
+        self._run_dir = run_dir.resolve()  # the drawing process has another working directory
+        self._decode, self._matrices = decode, matrices
+        self._data, self._analysis = self._run_dir / "plots" / "data", self._run_dir / "attention_analysis"
+        self._wishes = 0
+        self._mended: set[Path] = set()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._drawn: queue.SimpleQueue[tuple[int, Path]] = queue.SimpleQueue()
         self._problems: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -79,8 +94,10 @@ class Board:
         self._work.put(lambda: self._write_last("latents", {"step": np.array(step), **values}))
 
     def draw(self, step: int) -> None:
-        """Have all pictures made from what has been taken."""
-        self._work.put(lambda: self._draw(step))
+        """Have all pictures made from what has been taken. While one drawing goes on, only the last wish is kept."""
+        self._wishes += 1
+        wish = self._wishes
+        self._work.put(lambda: self._draw(step) if wish == self._wishes else None)
 
     def pictures(self) -> Iterator[tuple[int, Path]]:
         """(step, file) of the pictures that have become ready since the last call."""
@@ -96,6 +113,8 @@ class Board:
         """Wait, within bounds, for what was handed over."""
         self._work.put(None)
         self._thread.join(WAIT_S)
+        if self._thread.is_alive():
+            self._problems.put(f"pictures: not ready within {WAIT_S:.0f} s of the run's end")
 
     def _serve(self) -> None:
         while (task := self._work.get()) is not None:
@@ -107,15 +126,22 @@ class Board:
     def _write(self, step: int, arrays: Arrays, memory: Arrays | None) -> None:
         self._data.mkdir(parents=True, exist_ok=True)
         if memory is not None:
-            append(self._data / "memory.npys", {"step": np.array(step), **memory})
+            self._append("memory", {"step": np.array(step), **memory})
         names = {name.rpartition("_")[2].lower(): array for name, array in arrays.items() if "/Matrix_" in name}
         if names:
             record = {"step": np.array(step), "matrices": np.array(self._matrices), **names}
-            append(self._data / "quantization.npys", record)
+            self._append("quantization", record)
         heads = {name.partition("/Heads_")[2]: array for name, array in arrays.items() if "/Heads_" in name}
         if heads:
             self._analysis.mkdir(exist_ok=True)
             self._replace(self._analysis / f"heads_step_{step}.npz", {"step": np.array(step), **heads})
+
+    def _append(self, name: str, record: Arrays) -> None:
+        path = self._data / f"{name}.npys"
+        if path not in self._mended:
+            cut_torn(path)
+            self._mended.add(path)
+        append(path, record)
 
     def _write_captions(self, step: int, tokens: np.ndarray, weights: np.ndarray) -> None:
         words = np.array([[self._decode(int(t)) if t else "" for t in row] for row in tokens], dtype=np.str_)
@@ -134,8 +160,8 @@ class Board:
     def _draw(self, step: int) -> None:
         command = ["nice", "-n", "10", sys.executable, "-m", "bitmar.observability.plots", str(self._run_dir)]
         root = Path(__file__).resolve().parents[2]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=WAIT_S, check=False)
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=DRAW_S, check=False)
         if done.returncode:
-            self._problems.put(f"pictures: {done.stderr.strip().splitlines()[-1:]}")
-        for line in done.stdout.splitlines():
+            self._problems.put("pictures: " + (done.stderr.strip().split("\n")[-1] or f"exit code {done.returncode}"))
+        for line in filter(None, done.stdout.split("\n")):
             self._drawn.put((step, Path(line)))

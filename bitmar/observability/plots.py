@@ -1,238 +1,126 @@
-"""PNG plots of a run, drawn from its metrics.jsonl: losses, throughput, schedule.
+"""PNG pictures of a run, drawn from what lies in its folder: `python -m bitmar.observability.plots RUN_DIR`.
 
-At the end of a run, or alone: `python -m bitmar.observability.plots RUN_DIR`.
+The trainer has them drawn by this command in a process of its own (bitmar/observability/board.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from bitmar.observability.records import METRICS_FILE, read_lines
-from bitmar.observability.schema import STEP_METRIC
-
-# Okabe and Ito's colours, told apart by colour-blind readers too
-_BLUE, _ORANGE, _GREEN, _RED, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
-_BLACK, _GREY = "#000000", "#555555"
-_DPI = 150
-_LETTER_SHARE = 0.0095  # of the axis' width, for a letter of a phase's name
+from bitmar.observability import attention_plots, curve_plots, memory_plots, weight_plots
+from bitmar.observability.curve_plots import FLIPS, GRADIENTS, LOSSES, METRICS, SCHEDULE, THROUGHPUT, Panel
+from bitmar.observability.drawing import save
+from bitmar.observability.run_folder import RunFolder, read_settings
 
 
-@dataclass(frozen=True)
-class _Curve:
-    metric: str
-    label: str
-    colour: str
-    style: str = "-"
-    marker: str = ""
+def _curves(heading: str, panels: tuple[Panel, ...], always: bool = False) -> Callable[[RunFolder], Figure | None]:
+    def make(run: RunFolder) -> Figure | None:
+        if not always and not curve_plots.has_any(panels, run.series):
+            return None
+        return curve_plots.curves_figure(run.about(), heading, panels, run.series, run.settings.phases)
+
+    return make
 
 
-@dataclass(frozen=True)
-class _Panel:
-    heading: str
-    unit: str
-    curves: tuple[_Curve, ...]
-    log_scale: bool = False
-    whole: bool = False  # the axis starts at 0
+def _memory_usage(run: RunFolder) -> Figure | None:
+    records = run.records("memory", *memory_plots.ARRAYS)
+    return memory_plots.usage_figure(run.about(int(records[-1]["step"])), records[-1]) if records else None
 
 
-_LOSSES = (
-    _Panel(
-        "Training loss",
-        "loss (nats a token)",
-        (
-            _Curve("Training/Loss", "objective", _BLACK),
-            _Curve("Training/Loss_LM", "language model", _BLUE, "--"),
-            _Curve("Training/Loss_Contrastive", "contrastive (nats a row)", _ORANGE),
-            _Curve("Training/Loss_Recall", "memory recall", _GREEN),
-        ),
-    ),
-    _Panel(
-        "Validation loss: does the model use its image and its memory?",
-        "loss (nats a token)",
-        (
-            _Curve("Validation/Loss", "right image", _BLUE, "-", "o"),
-            _Curve("Validation/Loss_Shuffled_Vision", "another's image", _RED, "--", "s"),
-            _Curve("Validation/Loss_Memory_Off", "memory off", _GREEN, ":", "^"),
-            _Curve("Validation/Loss_Text", "text records", _PURPLE, "-.", "D"),
-        ),
-    ),
-)
-_THROUGHPUT = (
-    _Panel("Samples", "samples/s", (_Curve("Throughput/Samples_Per_Second", "all ranks", _BLUE),), whole=True),
-    _Panel("Tokens", "tokens/s", (_Curve("Throughput/Tokens_Per_Second", "all ranks", _GREEN),), whole=True),
-    _Panel(
-        "Time of a step",
-        "seconds",
-        (
-            _Curve("Throughput/Step_Seconds", "whole step", _BLACK),
-            _Curve("Data/Wait_Seconds", "waiting for data", _RED),
-        ),
-        whole=True,
-    ),
-    _Panel(
-        "Padding efficiency",
-        "real tokens / slots",
-        (_Curve("Data/Padding_Efficiency", "all ranks", _ORANGE),),
-        whole=True,
-    ),
-)
-_SCHEDULE = (
-    _Panel("Learning rate", "rate", (_Curve("Training/Learning_Rate", "learning rate", _BLUE),), whole=True),
-    _Panel("Weight decay", "decay", (_Curve("Training/Weight_Decay", "weight decay", _ORANGE),), whole=True),
-    _Panel(
-        "Gradient norm, before the clip",
-        "norm",
-        (_Curve("Gradients/Total_Norm", "global norm", _GREEN),),
-        log_scale=True,
-    ),
-)
-_FILES = (
-    ("losses.png", "Losses", _LOSSES),
-    ("throughput.png", "Throughput of the whole cluster", _THROUGHPUT),
-    ("schedule.png", "Schedule and gradient", _SCHEDULE),
-)
-
-Series = dict[str, tuple[np.ndarray, np.ndarray]]
+def _memory_timeline(run: RunFolder) -> Figure | None:
+    return memory_plots.timeline_figure(run.about(), run.records("memory", *memory_plots.ARRAYS))
 
 
-def write_plots(run_dir: Path, phase_names: Sequence[str] = (), generated: bool = False) -> list[Path]:
-    """Draw run_dir/plots/{losses,throughput,schedule}.png and return their paths.
+def _memory_reads(run: RunFolder) -> Figure | None:
+    records = run.records("memory", *memory_plots.ARRAYS)
+    return memory_plots.reads_figure(run.about(int(records[-1]["step"])), records[-1]) if records else None
 
-    `phase_names` are the names of the phases by index ("phase 1" where one is missing); `generated` says in
-    every title that the data is generated. A metric the run never logged is left out. Raises ValueError
-    when the run has logged nothing.
+
+def _attention_distribution(run: RunFolder) -> Figure | None:
+    logs = run.heads()
+    return attention_plots.distribution_figure(run.about(int(logs[-1]["step"])), logs[-1]) if logs else None
+
+
+def _head_importance(run: RunFolder) -> Figure | None:
+    logs = run.heads()
+    return attention_plots.importance_figure(run.about(int(logs[-1]["step"])), logs[-1]) if logs else None
+
+
+def _importance_timeline(run: RunFolder) -> Figure | None:
+    return attention_plots.timeline_figure(run.about(), run.heads())
+
+
+def _cross_modal(run: RunFolder) -> Figure | None:
+    found = run.last("cross_modal", "words", "weights")
+    if found is None or found["words"].shape != found["weights"].shape[:2]:
+        return None
+    return attention_plots.cross_modal_figure(run.about(int(found["step"])), found["words"], found["weights"])
+
+
+def _weights(run: RunFolder) -> Figure | None:
+    records = run.records("quantization", *weight_plots.MATRIX_ARRAYS)
+    return weight_plots.weights_figure(run.about(int(records[-1]["step"])), records[-1]) if records else None
+
+
+def _latents(run: RunFolder) -> Figure | None:
+    found = run.last("latents", *weight_plots.LATENT_ARRAYS)
+    return None if found is None else weight_plots.latents_figure(run.about(int(found["step"])), found)
+
+
+# name of the file: the key of the recipe's section wandb, and what makes it
+PICTURES: dict[str, tuple[str, Callable[[RunFolder], Figure | None]]] = {
+    "losses": ("plot_losses", _curves("Losses", LOSSES, always=True)),
+    "throughput": ("plot_losses", _curves("Throughput of the whole cluster", THROUGHPUT, always=True)),
+    "schedule": ("plot_losses", _curves("Schedule and gradient", SCHEDULE, always=True)),
+    "gradients": ("plot_gradients", _curves("Gradients and updates by component", GRADIENTS)),
+    "memory_usage": ("plot_memory_usage", _memory_usage),
+    "memory_timeline": ("plot_memory_usage", _memory_timeline),
+    "memory_reads": ("plot_memory_usage", _memory_reads),
+    "attention_distribution": ("plot_attention_heatmaps", _attention_distribution),
+    "head_importance": ("plot_attention_heatmaps", _head_importance),
+    "importance_timeline": ("plot_attention_heatmaps", _importance_timeline),
+    "cross_modal": ("log_attention_maps", _cross_modal),
+    "weights": ("plot_quantization_dist", _weights),
+    "flips": ("plot_quantization_dist", _curves("Flips of ternary weights", FLIPS)),
+    "latents": ("log_feature_pca", _latents),
+}
+
+
+def draw_plots(run_dir: Path) -> Iterator[Path]:
+    """Draw the pictures of a run into run_dir/plots/ and give each one's path when it is there.
+
+    Which, and how the phases are called, is read from run_dir/config.yaml; a picture whose data the run does not have
+    is left out. Raises ValueError when the run has logged nothing.
     """
-    series = read_series(run_dir / METRICS_FILE)
-    if not series:
-        raise ValueError(f"{run_dir / METRICS_FILE}: no metrics to plot; is it the directory of a run?")
+    run = RunFolder(run_dir, METRICS.__contains__)
     folder = run_dir / "plots"
-    folder.mkdir(exist_ok=True)
-    paths = []
-    for file, heading, panels in _FILES:
-        title = f"{heading}: {run_dir.resolve().name}" + (" (generated data)" if generated else "")
-        figure = _figure(title, panels, series, phase_names)
-        paths.append(folder / file)
-        figure.savefig(paths[-1], dpi=_DPI)
-    return paths
+    for name, (key, make) in PICTURES.items():
+        figure = make(run) if run.settings.are_on([key]) else None
+        if figure is not None:
+            folder.mkdir(exist_ok=True)
+            save(figure, folder / f"{name}.png")
+            yield folder / f"{name}.png"
 
 
-def read_series(path: Path) -> Series:
-    """metrics.jsonl as metric -> (steps [N], values [N]); a value that was not finite is NaN."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for fields in read_lines(path):
-        step = fields[STEP_METRIC]
-        for name, value in fields.items():
-            if "/" in name:  # not "time", not "nonfinite"
-                points.setdefault(name, []).append((step, math.nan if value is None else value))
-    arrays = {name: np.array(pairs, dtype=np.float64) for name, pairs in points.items()}
-    return {name: (array[:, 0], array[:, 1]) for name, array in arrays.items()}
-
-
-def phase_spans(series: Series) -> list[tuple[int, float, float]]:
-    """(phase, first step, last step) of each stretch of one phase; neighbours share their boundary."""
-    steps, phases = series.get("Training/Phase", (np.empty(0), np.empty(0)))
-    known = np.isfinite(phases)
-    steps, phases = steps[known], phases[known].astype(int)
-    if not len(steps):
-        return []
-    starts = [0, *(np.flatnonzero(np.diff(phases)) + 1).tolist()]
-    bounds = [*(float(steps[start]) for start in starts), float(steps[-1])]
-    return [(int(phases[start]), bounds[i], bounds[i + 1]) for i, start in enumerate(starts)]
-
-
-def _figure(title: str, panels: tuple[_Panel, ...], series: Series, names: Sequence[str]) -> Figure:
-    figure = Figure(figsize=(11, 1.0 + 2.9 * len(panels)), layout=ConstrainedLayoutEngine(h_pad=0.1))
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=14, fontweight="bold")
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    steps = series.get(STEP_METRIC, (np.zeros(1), np.zeros(1)))[0]
-    for axis, panel in zip(axes, panels, strict=True):
-        _draw(axis, panel, series)
-        _shade(axis, phase_spans(series), names)
-        axis.set_xlim(min(0.0, steps[0]), max(steps[-1], 1.0))
-    axes[-1].set_xlabel("optimiser step")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True))
-    return figure
-
-
-def _draw(axis: Axes, panel: _Panel, series: Series) -> None:
-    axis.set_title(panel.heading, loc="left", fontsize=11, pad=18)
-    axis.set_ylabel(panel.unit)
-    drawn = False
-    for curve in panel.curves:
-        steps, values = series.get(curve.metric, (np.empty(0), np.empty(0)))
-        if not np.isfinite(values).any():
-            continue
-        drawn = True
-        marker = curve.marker or ("o" if len(steps) == 1 else "")
-        axis.plot(
-            steps,
-            values,
-            label=curve.label,
-            color=curve.colour,
-            linestyle=curve.style,
-            marker=marker,
-            markersize=4,
-            linewidth=1.6,
-        )
-    axis.grid(True, color="#dddddd", linewidth=0.6)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    if not drawn:
-        axis.text(0.5, 0.5, "not logged in this run", ha="center", va="center", transform=axis.transAxes)
-        axis.set_yticks([])
-        return
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, borderaxespad=0.0)
-    if panel.log_scale and axis.dataLim.y0 > 0:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-    elif panel.whole:
-        axis.set_ylim(0.0, axis.dataLim.y1 * 1.08 or 1.0)
-
-
-def _shade(axis: Axes, spans: list[tuple[int, float, float]], names: Sequence[str]) -> None:
-    for order, (phase, first, last) in enumerate(spans):
-        if order % 2:
-            axis.axvspan(first, last, color="#000000", alpha=0.05, linewidth=0)
-        if order:
-            axis.axvline(first, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)))
-        share = (last - first) / max(spans[-1][2] - spans[0][1], 1.0)
-        name = _fitting(names[phase] if phase < len(names) else f"phase {phase + 1}", share)
-        place = axis.get_xaxis_transform()
-        axis.text((first + last) / 2, 1.02, name, transform=place, ha="center", fontsize=9, color=_GREY)
-
-
-def _fitting(name: str, share: float) -> str:
-    """The name, shortened to a phase's share of the axis so that neighbours do not overlap."""
-    room = int(share / _LETTER_SHARE)
-    if len(name) <= room:
-        return name
-    return name[: room - 1].rstrip() + "…" if room > 3 else ""
+def write_plots(run_dir: Path) -> list[Path]:
+    """All pictures of `draw_plots`."""
+    return list(draw_plots(run_dir))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw the plots of one run's directory and print where they lie."""
-    parser = argparse.ArgumentParser(description="Plot a run's metrics.jsonl into RUN_DIR/plots.")
+    """Draw the pictures of one run's folder and print the path of each when it is there."""
+    parser = argparse.ArgumentParser(description="Draw a run's pictures into RUN_DIR/plots.")
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--phases", nargs="*", default=(), metavar="NAME", help="the phases' names in order")
-    parser.add_argument("--generated", action="store_true", help='say "generated data" in the titles')
-    options = parser.parse_args(arguments)
-    for path in write_plots(options.run_dir, options.phases, options.generated):
-        print(path)
+    run_dir = parser.parse_args(arguments).run_dir
+    if not read_settings(run_dir).are_on([]):
+        print(f"{run_dir / 'config.yaml'} says wandb.create_plots: false; nothing is drawn", file=sys.stderr)
+    for path in draw_plots(run_dir):
+        print(path, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import torch.distributed
 from torch.multiprocessing.spawn import spawn
 
 from bitmar.config import WandbConfig
-from bitmar.observability.plots import read_series
 from bitmar.observability.reduce import reduce
+from bitmar.observability.run_folder import read_series
 from bitmar.observability.schema import SCHEMA, Cadence, Metric, Reduction
 from bitmar.observability.sinks import open_sinks
 from bitmar.observability.stats import Statistics

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from bitmar.observability.plots import read_series
 from bitmar.observability.records import read_lines
+from bitmar.observability.run_folder import read_series
 from bitmar.observability.schema import SCHEMA, STEP_METRIC
 from tests.support.mirror import CANARY, LOGS, mirror, own_environment, records, rows, told, wandb_files
 from tests.support.wandb_server import wandb_server

@@ -46,7 +46,7 @@ def finished_run(folder: Path, seed: int = 1, steps: int = 400, every: int = 5, 
     """A run that reached its end; its loss was not finite at one log."""
     sink = JsonlSink(folder)
     (folder / "config.yaml").write_text(config_text(folder.name, seed=seed), encoding="utf-8")
-    sink.event("start", step=0, world=2, parameters=2_363_876, phases=PHASES)
+    sink.event("start", step=0, world=2, parameters=2_363_876, phases=PHASES, data="generated")
     for step in range(0, steps + 1, every):
         if step % 100 == 0:
             loss = 2.1 + 0.2 * seed + 6 * math.exp(-step / 90)
@@ -57,7 +57,7 @@ def finished_run(folder: Path, seed: int = 1, steps: int = 400, every: int = 5, 
     sink.event("skipped_update", step=40 * every, not_finite="loss", in_a_row=1)
     sink.event("checkpoint", step=steps, path=f"runs/{folder.name}/checkpoints/step_{steps:08d}", hold_seconds=0.01)
     if plots:
-        for path in write_plots(folder, list(PHASES), generated=True):
+        for path in write_plots(folder):
             sink.image(steps, f"Plots/{path.stem}", path)
     sink.close()
     summary = {

@@ -73,6 +73,10 @@ bitmar.observability.features bitmar.observability.probes
 bitmar.observability.reduce
 bitmar.observability.records
 bitmar.observability.derived bitmar.observability.system bitmar.observability.board
+bitmar.observability.drawing
+bitmar.observability.run_folder
+bitmar.observability.curve_plots bitmar.observability.memory_plots
+bitmar.observability.attention_plots bitmar.observability.weight_plots
 bitmar.observability.plots
 bitmar.observability.console bitmar.observability.alerts
 bitmar.observability.wandb_panels

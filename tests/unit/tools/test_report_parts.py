@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmar.observability.plots import read_series
+from bitmar.observability.run_folder import read_series
 from bitmar.observability.schema import SCHEMA, find
 from tests.support.logged_runs import LAYERS, finished_run
 from tools.report_page import curves

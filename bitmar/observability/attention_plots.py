@@ -1,0 +1,199 @@
+"""Pictures of attention: what heads look at, which matter, what words look at in an image. L layers, H heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+
+from bitmar.observability import drawing as d
+from bitmar.observability.board import Arrays
+from bitmar.observability.derived import DEAD_SHARE
+
+KINDS = tuple(d.KIND_COLOURS)
+_TOP = 5  # heads that the timeline names
+_CAPTIONS, _WORDS = 4, 30  # that fit into a picture
+_WORD_LETTERS = 12
+
+
+def of_kinds(heads: Arrays, figure: str) -> dict[str, np.ndarray]:
+    """kind -> [L, H] of a figure, for the kinds that have any finite number."""
+    found = {kind: heads.get(f"{kind}_{figure}") for kind in KINDS}
+    return {kind: x for kind, x in found.items() if x is not None and x.ndim == 2 and np.isfinite(x).any()}
+
+
+@d.styled
+def distribution_figure(about: d.About, heads: Arrays) -> Figure | None:
+    """Entropy, concentration and first-token mass of the heads, by layer and kind. None: nothing to show."""
+    panels = (
+        ("Entropy", "Entropy over the keys", "nats", False),
+        ("Concentration", "Mass on the top tenth of the keys", "share of mass", True),
+        ("First_Token", "Mass on the first key", "share of mass", True),
+    )
+    values = {figure: of_kinds(heads, figure) for figure, *_ in panels}
+    if not any(values.values()):
+        return None
+    figure = d.new_figure(about, "What attention heads look at", 7.8)
+    axes = figure.subplots(3, 1, sharex=True)
+    kinds = [kind for kind in KINDS if any(kind in found for found in values.values())]
+    for axis, (name, heading, unit, share) in zip(axes, panels, strict=True):
+        axis.set_title(heading)
+        factor = 100.0 if share else 1.0
+        axis.set_ylabel(unit)
+        axis.grid(True, axis="y")
+        for place, kind in enumerate(kinds):
+            if kind in values[name]:
+                _layers(axis, factor * values[name][kind], kind, (place - (len(kinds) - 1) / 2) * 0.16)
+        if not values[name]:
+            d.say(axis, "not measured in this run")
+            continue
+        axis.set_ylim(0.0, axis.dataLim.y1 * 1.1 or 1.0)
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        if share:
+            axis.yaxis.set_major_formatter(d.PERCENT)
+    layers = max(x.shape[0] for found in values.values() for x in found.values())
+    axes[-1].set_xticks(d.every(layers, 16))
+    axes[-1].set_xlim(-0.6, layers - 0.4)
+    axes[-1].set_xlabel("layer; a dot a head, a bar their mean")
+    handles = [axes[0].scatter([], [], color=d.KIND_COLOURS[kind], label=d.kind_name(kind)) for kind in kinds]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds))
+    return figure
+
+
+def _layers(axis: Axes, values: np.ndarray, kind: str, offset: float) -> None:
+    colour = d.KIND_COLOURS[kind]
+    at = np.arange(len(values)) + offset
+    axis.scatter(at.repeat(values.shape[1]), values.ravel(), color=colour, s=12, alpha=0.55, linewidths=0)
+    finite = np.isfinite(values)
+    means = np.where(finite, values, 0.0).sum(1) / np.where(finite.any(1), finite.sum(1), np.nan)
+    axis.hlines(means, at - 0.07, at + 0.07, color=colour, linewidth=2.5)
+
+
+def sorted_heads(importance: np.ndarray) -> np.ndarray:
+    """[L, H] with each layer's heads by falling importance; what is not finite comes last."""
+    return -np.sort(-np.where(np.isfinite(importance), importance, np.nan), axis=1)
+
+
+@d.styled
+def importance_figure(about: d.About, heads: Arrays) -> Figure | None:
+    """Importance of the heads, layer x head, and the same with each layer's heads in order. None: nothing to show."""
+    found = {kind: x for kind, x in of_kinds(heads, "Importance").items() if x.size > 1}
+    if not found:
+        return None
+    rows = [min(max(0.3 * len(x), 0.9), 3.2) for x in found.values()]
+    figure = d.new_figure(about, "Importance of attention heads", 1.5 + sum(rows) + 0.85 * len(rows))
+    axes = figure.subplots(len(found), 2, squeeze=False, height_ratios=[row + 0.5 for row in rows])
+    for pair, (kind, importance) in zip(axes, found.items(), strict=True):
+        top = float(np.nanmax(np.where(np.isfinite(importance), importance, np.nan)))
+        top = top if top > 0 else 1.0
+        dead = importance < DEAD_SHARE * np.nanmean(importance)
+        picture = _heat(pair[0], importance, top)
+        _heat(pair[1], sorted_heads(importance), top)
+        layers, heads_dead = np.nonzero(dead)
+        pair[0].scatter(heads_dead, layers, marker="x", color="white", s=22, linewidths=1.4)
+        pair[0].set_title(d.kind_name(kind) + (f": {dead.sum()} dead (x)" if dead.any() else ""))
+        pair[1].set_title("sorted in each layer")
+        pair[0].set_ylabel("layer")
+        bar = figure.colorbar(picture, ax=list(pair), label="nats", aspect=12, pad=0.02)
+        bar.locator = MaxNLocator(4)
+        bar.update_ticks()
+    axes[-1, 0].set_xlabel("head")
+    axes[-1, 1].set_xlabel("rank in the layer")
+    return figure
+
+
+def _heat(axis: Axes, values: np.ndarray, top: float) -> AxesImage:
+    picture = axis.imshow(
+        np.ma.masked_invalid(values), cmap="viridis", vmin=0.0, vmax=top, aspect="auto", interpolation="nearest"
+    )
+    axis.set_xticks(d.every(values.shape[1], 12))
+    axis.set_yticks(d.every(values.shape[0], 8))
+    return picture
+
+
+@d.styled
+def timeline_figure(about: d.About, logs: Sequence[Arrays]) -> Figure | None:
+    """Importance of every head over the steps, the last's most important ones named. None: nothing to show."""
+    kinds = [kind for kind in KINDS if any(kind in of_kinds(heads, "Importance") for heads in logs)]
+    if not kinds:
+        return None
+    figure = d.new_figure(about, "Importance of attention heads over time", 1.2 + 2.15 * len(kinds))
+    axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, kind in zip(axes, kinds, strict=True):
+        steps, values = importance_over_time(logs, kind)
+        ranks = np.argsort(-np.nan_to_num(values[-1], nan=-np.inf).ravel(), kind="stable")
+        lines, heads = values.reshape(len(steps), -1), values.shape[2]
+        marker = "o" if len(steps) < 30 else ""
+        for place in ranks[_TOP:]:
+            axis.plot(steps, lines[:, place], color="#bbbbbb", linewidth=0.8, marker=marker, markersize=2)
+        for order, place in enumerate(ranks[:_TOP]):
+            name, sign = f"L{place // heads}H{place % heads}", d.MARKERS[order] if marker else ""
+            axis.plot(steps, lines[:, place], color=d.CYCLE[order], label=name, marker=sign)
+        chosen = f": top {_TOP} of {lines.shape[1]} at the last log" if len(ranks) > _TOP else ""
+        axis.set_title(d.kind_name(kind) + chosen)
+        axis.set_ylabel("nats")
+        axis.set_ylim(0.0, axis.dataLim.y1 * 1.08 or 1.0)
+        axis.yaxis.set_major_locator(MaxNLocator(4))
+        axis.grid(True)
+        d.legend_beside(axis)
+    d.step_axis(axes[-1], 0.0, float(max(int(heads["step"]) for heads in logs)))
+    return figure
+
+
+def importance_over_time(logs: Sequence[Arrays], kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps [N], importance [N, L, H]) of the logs that have it in the shape that the last has."""
+    found = [(int(heads["step"]), of_kinds(heads, "Importance").get(kind)) for heads in logs]
+    known = [(step, x) for step, x in found if x is not None]
+    known = [(step, x) for step, x in known if x.shape == known[-1][1].shape]
+    return np.array([step for step, _ in known], dtype=np.float64), np.stack([x for _, x in known])
+
+
+def word_labels(words: Sequence[str]) -> list[str]:
+    """Tokens as labels: a word's start without its space, its continuation as -ing, special tokens as they are."""
+    labels: list[str] = []
+    before = "<"
+    for word in words:
+        bare = word.strip()
+        goes_on = bare[:1].isalnum() and not word[:1].isspace() and not before.startswith("<")
+        labels.append(d.shortened(("-" if goes_on else "") + (d.shown(bare) or "(space)"), _WORD_LETTERS))
+        before = bare or " "
+    return labels
+
+
+@d.styled
+def cross_modal_figure(about: d.About, words: np.ndarray, weights: np.ndarray) -> Figure | None:
+    """Words [N, T] ("" is padding) x vision tokens: weights [N, T, P]. None: no caption with a finite weight."""
+    lengths = (words != "").sum(1)
+    usable = [i for i, length in enumerate(lengths) if length and np.isfinite(weights[i, :length]).any()]
+    if not usable:
+        return None
+    chosen = usable[:_CAPTIONS]
+    columns = min(len(chosen), 2)
+    rows = -(-len(chosen) // columns)
+    heights = [max(min(lengths[i], _WORDS) for i in chosen[row * columns : (row + 1) * columns]) for row in range(rows)]
+    figure = d.new_figure(about, "Attention of words to vision tokens", 1.6 + sum(0.19 * h + 0.65 for h in heights))
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=[h + 3 for h in heights])
+    numbers = np.concatenate([weights[i, : lengths[i]].ravel() for i in chosen])
+    most = float(numbers[np.isfinite(numbers)].max())
+    picture = None
+    for axis, i in zip(axes.ravel(), chosen, strict=False):
+        length, tokens = min(lengths[i], _WORDS), weights.shape[2]
+        seen = np.ma.masked_invalid(weights[i, words[i] != ""][:length])
+        picture = axis.imshow(seen, cmap="viridis", vmin=0.0, vmax=most or 1.0, aspect="auto", interpolation="nearest")
+        axis.set_yticks(range(length), word_labels(words[i][words[i] != ""][:length].tolist()))
+        axis.set_xticks(d.every(tokens, 8))
+        cut = f", {length} of {lengths[i]} tokens" if length < lengths[i] else ""
+        axis.set_title(f"caption {i + 1} of {len(words)}{cut}")
+        axis.tick_params(axis="y", length=0)
+    for axis in axes.ravel()[len(chosen) :]:
+        axis.set_axis_off()
+    for axis in axes[-1, : len(chosen) - (rows - 1) * columns]:
+        axis.set_xlabel("vision token")
+    if picture is not None:
+        bar = figure.colorbar(picture, ax=axes, location="bottom", aspect=50, pad=0.01, fraction=0.02)
+        bar.set_label("attention weight, mean over heads")
+    return figure
