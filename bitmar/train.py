@@ -139,6 +139,8 @@ def train(config: Config, world: World, guard: Guard | None = None, start_up: St
         code = STOPPED
         raise
     finally:
+        if run.watch.board is not None:
+            run.watch.board.stop()
         run.sinks.close(code)
 
 

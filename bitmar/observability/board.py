@@ -10,6 +10,7 @@ The training thread hands over small arrays and goes on. What lies in the folder
 
 from __future__ import annotations
 
+import os
 import queue
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import numpy as np
 
 WAIT_S = 120.0  # for the last pictures, when a run ends
 DRAW_S = 600.0  # for all of them while it goes on: the drawing process gets what training leaves of the cores
+STOP_S = 5.0  # for what the thread still holds, when a run ends before its end
 Arrays = dict[str, np.ndarray]
 
 
@@ -74,6 +76,8 @@ class Board:
         self._decode, self._matrices = decode, matrices
         self._data, self._analysis = self._run_dir / "plots" / "data", self._run_dir / "attention_analysis"
         self._wishes = 0
+        self._drawer: subprocess.Popen[str] | None = None
+        self._stopped = False
         self._mended: set[Path] = set()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._drawn: queue.SimpleQueue[tuple[int, Path]] = queue.SimpleQueue()
@@ -109,6 +113,14 @@ class Board:
         while not self._problems.empty():
             yield self._problems.get()
 
+    def stop(self) -> None:
+        """End a drawing that goes on, and the thread once it has written what it holds. Nothing where it is closed."""
+        self._stopped = True
+        if self._drawer is not None:
+            self._drawer.kill()
+        self._work.put(None)
+        self._thread.join(STOP_S)
+
     def close(self) -> None:
         """Wait, within bounds, for what was handed over."""
         self._work.put(None)
@@ -120,11 +132,11 @@ class Board:
         while (task := self._work.get()) is not None:
             try:
                 task()
-            except (OSError, subprocess.SubprocessError) as error:
-                self._problems.put(f"pictures: {error}")
+            except Exception as error:  # whatever it is, training and its log do not depend on it
+                self._problems.put(f"pictures: {type(error).__name__}: {error}")
 
     def _write(self, step: int, arrays: Arrays, memory: Arrays | None) -> None:
-        self._data.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         if memory is not None:
             self._append("memory", {"step": np.array(step), **memory})
         names = {name.rpartition("_")[2].lower(): array for name, array in arrays.items() if "/Matrix_" in name}
@@ -135,6 +147,11 @@ class Board:
         if heads:
             self._analysis.mkdir(exist_ok=True)
             self._replace(self._analysis / f"heads_step_{step}.npz", {"step": np.array(step), **heads})
+
+    def _make_folder(self) -> None:
+        """In the run's folder, which is not made anew where someone has taken it away."""
+        self._data.parent.mkdir(exist_ok=True)
+        self._data.mkdir(exist_ok=True)
 
     def _append(self, name: str, record: Arrays) -> None:
         path = self._data / f"{name}.npys"
@@ -148,7 +165,7 @@ class Board:
         self._write_last("cross_modal", {"step": np.array(step), "words": words, "tokens": tokens, "weights": weights})
 
     def _write_last(self, name: str, values: Arrays) -> None:
-        self._data.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         self._replace(self._data / f"{name}.npz", values)
 
     def _replace(self, path: Path, values: Arrays) -> None:
@@ -158,10 +175,19 @@ class Board:
         temporary.replace(path)
 
     def _draw(self, step: int) -> None:
+        if self._stopped:
+            return
         command = ["nice", "-n", "10", sys.executable, "-m", "bitmar.observability.plots", str(self._run_dir)]
+        command += ["--parent", str(os.getpid())]
         root = Path(__file__).resolve().parents[2]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=DRAW_S, check=False)
-        if done.returncode:
-            self._problems.put("pictures: " + (done.stderr.strip().split("\n")[-1] or f"exit code {done.returncode}"))
-        for line in filter(None, done.stdout.split("\n")):
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=root, stdout=pipe, stderr=pipe, text=True) as self._drawer:
+            try:
+                told, wrong = self._drawer.communicate(timeout=DRAW_S)
+            except subprocess.TimeoutExpired:
+                self._drawer.kill()
+                raise
+        if self._drawer.returncode and not self._stopped:
+            self._problems.put("pictures: " + (wrong.strip().split("\n")[-1] or f"exit code {self._drawer.returncode}"))
+        for line in filter(None, told.split("\n")):
             self._drawn.put((step, Path(line)))

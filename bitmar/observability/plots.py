@@ -6,7 +6,10 @@ The trainer has them drawn by this command in a process of its own (bitmar/obser
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from bitmar.observability import attention_plots, curve_plots, memory_plots, wei
 from bitmar.observability.curve_plots import FLIPS, GRADIENTS, LOSSES, METRICS, SCHEDULE, THROUGHPUT, Panel
 from bitmar.observability.drawing import save
 from bitmar.observability.run_folder import RunFolder, read_settings
+
+PARENT_POLL_S = 1.0
 
 
 def _curves(heading: str, panels: tuple[Panel, ...], always: bool = False) -> Callable[[RunFolder], Figure | None]:
@@ -112,11 +117,22 @@ def write_plots(run_dir: Path) -> list[Path]:
     return list(draw_plots(run_dir))
 
 
+def end_without(parent: int) -> None:
+    """End this process when it is no longer the child of `parent`: a run that was killed leaves nothing behind."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_S)
+    os._exit(1)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the pictures of one run's folder and print the path of each when it is there."""
     parser = argparse.ArgumentParser(description="Draw a run's pictures into RUN_DIR/plots.")
     parser.add_argument("run_dir", type=Path)
-    run_dir = parser.parse_args(arguments).run_dir
+    parser.add_argument("--parent", type=int, help="end when this process, which started it, is gone")
+    options = parser.parse_args(arguments)
+    run_dir = options.run_dir
+    if options.parent is not None:
+        threading.Thread(target=end_without, args=(options.parent,), daemon=True).start()
     if not read_settings(run_dir).are_on([]):
         print(f"{run_dir / 'config.yaml'} says wandb.create_plots: false; nothing is drawn", file=sys.stderr)
     for path in draw_plots(run_dir):

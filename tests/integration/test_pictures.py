@@ -27,6 +27,7 @@ DRAWER = "bitmar.observability.plots"
 def write_run(folder: Path, shards: Path, name: str) -> tuple[Path, Path]:
     """(recipe, the run's folder, which has spaces in its name)."""
     values = recipe(shards, folder / "runs of mine", name)
+    values["wandb"] |= {"create_plots": True}
     return write_recipe(folder / "recipe.yaml", values), folder / "runs of mine" / name
 
 
@@ -91,3 +92,13 @@ def test_no_picture_where_none_is_wished(tmp_path: Path, tiny_shards: Path) -> N
         assert started.codes() == [0], started.said(0)
     assert images(run_dir) == []
     assert not (run_dir / "plots").exists()
+
+
+def test_a_run_that_is_killed_leaves_no_drawing_behind(tmp_path: Path, tiny_shards: Path) -> None:
+    path, _ = write_run(tmp_path, tiny_shards, "killed")
+    with trainers(path, 1, "phases.2.steps=100000", "training.max_epochs=100000") as started:
+        parent = started.processes[0].pid
+        wait_for(lambda: bool(drawers(parent)), 120)
+        (drawer,) = drawers(parent)
+        started.signal(0, signal.SIGKILL)
+        wait_for(lambda: not drawer.is_running() or drawer.status() == psutil.STATUS_ZOMBIE, 60)

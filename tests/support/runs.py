@@ -63,7 +63,13 @@ def recipe(shards: Path, directory: Path, name: str, stage: int = 1) -> dict[str
         "engine": {"ds_config": str(ROOT / f"ds_configs/zero{stage}.json"), "threads_per_rank": 1},
         "checkpoint": {"every_steps": 5, "keep_last": 2},
         "validation": {"every_steps": 5, "max_samples": 24, "micro_batch": 8},
-        "wandb": {"log_every_n_steps": 1, "attention_log_interval": 5, "pca_log_interval": 10, "enabled": False},
+        "wandb": {
+            "log_every_n_steps": 1,
+            "attention_log_interval": 5,
+            "pca_log_interval": 10,
+            "enabled": False,
+            "create_plots": False,
+        },
         "phases": [
             {
                 "name": "text",
