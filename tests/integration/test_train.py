@@ -163,7 +163,7 @@ def test_the_run_directory_is_complete(runs: Path) -> None:
     run = runs / "straight1"
     names = {path.name for path in run.iterdir()}
     files = {"config.yaml", "metrics.jsonl", "events.jsonl", "log.txt", "summary.json"}
-    assert names == files | {"checkpoints", "plots"}
+    assert names == files | {"checkpoints", "plots", "attention_analysis"}
     assert all((run / name).stat().st_size > 0 for name in files)
     assert any((run / "plots").iterdir())
     assert load_config(run / "config.yaml").run.name == "straight1"
