@@ -270,7 +270,8 @@ class WandbSink:
 
     def _send_image(self, step: int, name: str, path: Path) -> None:
         if path.is_file():
-            self._send(step, {name: self._wandb.Image(str(path))})
+            # a picture is ready when later steps have been sent; its title tells of which it is
+            self._send(max(step, self._sent), {name: self._wandb.Image(str(path))})
         else:
             self._warn(f"wandb is not sent {name}: {path} is gone")
 

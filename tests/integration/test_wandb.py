@@ -46,6 +46,14 @@ def test_the_offline_file_holds_every_metric_over_the_step(tmp_path: Path) -> No
     assert told(run_dir, "warning") == []
 
 
+def test_a_picture_that_is_ready_late_is_shown_at_the_newest_step(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    mirror(run_dir, tmp_path / "home", LOGS.replace("image(40", "image(10"), wandb=OFFLINE)
+    (file,) = wandb_files(run_dir)
+    assert [row[STEP_METRIC] for row in rows(file) if "Plots/Losses/_type" in row] == [30]
+    assert [event["step"] for event in told(run_dir, "image")] == [10]
+
+
 MORE = """
 sink.log(10, {"Training/Loss": 1.0, "Gradients/Total_Norm": 50.0})
 sink.log(20, {"Training/Loss": 1.0, "Gradients/Total_Norm": 50.0})

@@ -12,8 +12,11 @@ from typing import Any
 from wandb.proto import wandb_internal_pb2
 
 
-def wandb_records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file: 7-byte header, 32 KiB blocks, chunks `<IHB` (crc32, length, type)."""
+def wandb_records(path: Path, killed: bool = False) -> Iterator[Any]:
+    """The records of a .wandb file: 7-byte header, 32 KiB blocks, chunks `<IHB` (crc32, length, type).
+
+    `killed`: its writer was, and the last record may be torn, which is left out then.
+    """
     block, chunk_header = 32 * 1024, struct.Struct("<IHB")
     content = path.read_bytes()
     assert struct.unpack("<4sHB", content[:7]) == (b":W&B", 0xBEE1, 0)
@@ -27,6 +30,8 @@ def wandb_records(path: Path) -> Iterator[Any]:
         position += chunk_header.size
         data = content[position : position + length]
         position += length
+        if killed and position > len(content):
+            return
         assert zlib.crc32(bytes([kind]) + data) == checksum
         pending += data
         if kind in (1, 4):  # whole, or last; 2 is first, 3 is middle
@@ -34,7 +39,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
             record.ParseFromString(pending)
             yield record
             pending = b""
-    assert pending == b""
+    assert killed or pending == b""
 
 
 def history(record: Any) -> dict[str, Any]:
