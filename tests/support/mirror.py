@@ -98,7 +98,7 @@ def records(file: Path, kind: str) -> list[Any]:
     return [getattr(record, kind) for record in wandb_records(file) if record.WhichOneof("record_type") == kind]
 
 
-def rows(file: Path, killed: bool = False) -> list[dict[str, Any]]:
+def rows(file: Path, *, killed: bool = False) -> list[dict[str, Any]]:
     """What was logged, a row a call."""
     return [history(record) for record in wandb_records(file, killed) if record.WhichOneof("record_type") == "history"]
 
