@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 
+if not torch.cuda.is_available():  # which DeepSpeed would tell of on standard output
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tools.bench_groups import read_groups
@@ -34,8 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups, quick = read_groups(__doc__ or "", GROUPS, arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ["WANDB_MODE"] = "offline"
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed says on standard output that it has found none
     machine, out = describe_machine(), sys.stdout
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         bench = Bench(Path(folder), quick, validation_fraction=0.05)  # the probe set is held out
