@@ -93,6 +93,25 @@ class Heads:
     gates: Float[Tensor, "B H"]  # 1, multiplied on each head's output: the loss's gradient by them is of the heads
 
 
+def attend(
+    query: Float[Tensor, "B H T E"],
+    key: Float[Tensor, "B H S E"],
+    value: Float[Tensor, "B H S E"],
+    attn_mask: Bool[Tensor, "#B 1 T S"] | None = None,
+    is_causal: bool = False,
+) -> Float[Tensor, "B H T E"]:
+    """Fused scaled dot-product attention."""
+    if query.device.type == "cpu" and torch.compiler.is_compiling():
+        return _attend_uncompiled(query, key, value, attn_mask, is_causal)  # pyright: ignore[reportCallIssue]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
+
+
+@torch.compiler.disable
+def _attend_uncompiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """torch 2.13's compiler takes the first length's strides for those of all in the CPU kernel's backward pass."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+
+
 class Shown:
     """Takes what the layers of one kind show, in their order. (ZeRO-3 hands modules a copy of a list.)"""
 
@@ -150,7 +169,7 @@ class SelfAttention(nn.Module):
         query, key = query_key.chunk(2, dim=1)
         causal = positions is not None and mask is None
         if shown is None:
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+            mixed = attend(query, key, value, attn_mask=mask, is_causal=causal)
         else:
             if causal:
                 mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, None]
@@ -165,7 +184,7 @@ class SelfAttention(nn.Module):
         mixed = []
         for turned, plain in chunks:  # n L 2 H E, n L 1 H E
             query, key, values = (part.transpose(1, 2) for part in (turned[:, :, 0], turned[:, :, 1], plain[:, :, 0]))
-            found = F.scaled_dot_product_attention(query, key, values, is_causal=True)
+            found = attend(query, key, values, is_causal=True)
             mixed.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
         return packing.together(torch.cat(mixed))
 
@@ -194,7 +213,7 @@ class CrossAttention(nn.Module):
         query = _split_heads(self.query(x), self.heads)
         key, value = (_split_heads(part, self.heads) for part in self.key_value(source).chunk(2, dim=-1))
         if shown is None:
-            mixed = F.scaled_dot_product_attention(query, key, value)
+            mixed = attend(query, key, value)
         else:
             mixed = shown_attention(query, key, value, None, shown)
         return self.output(self.sub_norm(mixed.transpose(1, 2).flatten(2)))
@@ -206,6 +225,6 @@ class CrossAttention(nn.Module):
         mixed = []
         for asked, told in chunks:
             key, value = (_split_heads(part, self.heads) for part in told.chunk(2, dim=-1))
-            found = F.scaled_dot_product_attention(_split_heads(asked, self.heads), key, value)
+            found = attend(_split_heads(asked, self.heads), key, value)
             mixed.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
         return packing.together(torch.cat(mixed))

@@ -70,9 +70,9 @@ def config_of(
 
 
 def global_batch(step: int) -> Batch:
-    """Every fourth step is text, so that the vision path gets no gradient now and then."""
+    """Every fourth step is text, so that the vision path gets no gradient now and then; steps differ in length."""
     make = text_batch if step % 4 == 3 else caption_batch
-    return make(rows=ROWS, seed=step, first_row=step * ROWS)
+    return make(rows=ROWS, length=12 - step % 3, seed=step, first_row=step * ROWS)
 
 
 def share(batch: Batch, config: Config, world: World) -> list[Batch]:
