@@ -724,6 +724,7 @@ def test_every_line_of_the_schema_has_a_check() -> None:
     assert numbers == {*CHECKS, *HISTORY, *GPU}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"{Path(CASES[i][1]).stem}-{CASES[i][2]}")
 def test_every_metric_is_that_of_the_joined_data(measured: list[dict[str, Any]], case: int) -> None:
     told = measured[case]
@@ -744,6 +745,7 @@ def test_every_metric_is_that_of_the_joined_data(measured: list[dict[str, Any]],
     assert told["nonfinite"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"{Path(CASES[i][1]).stem}-{CASES[i][2]}")
 def test_histograms_are_those_of_the_joined_data(measured: list[dict[str, Any]], case: int) -> None:
     """But for a number beside an edge, which another order of sums may put on its other side."""
