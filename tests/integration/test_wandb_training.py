@@ -29,7 +29,7 @@ ENDLESS = ("phases.2.steps=100000", "training.max_epochs=100000")
 
 def write_run(folder: Path, shards: Path, name: str, **wandb: Any) -> Path:
     values = recipe(shards, folder / "runs", name)
-    values["wandb"] = {"log_every_n_steps": 1, **wandb}
+    values["wandb"] = {"log_every_n_steps": 1, "create_plots": False, **wandb}
     return write_recipe(folder / f"{name}.yaml", values)
 
 

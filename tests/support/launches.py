@@ -29,7 +29,7 @@ def demo_recipe(shards: Path, runs: Path, steps: int) -> dict[str, Any]:
     values["engine"] = {"ds_config": str(ROOT / "ds_configs/zero1.json"), "threads_per_rank": 1, "timeout_s": 60}
     values["checkpoint"] = {"every_steps": 4, "keep_last": 2}
     values["validation"] = {"every_steps": 100_000, "max_samples": 24, "micro_batch": 8}
-    values["wandb"] = {"log_every_n_steps": 1, "enabled": False}
+    values["wandb"] = {"log_every_n_steps": 1, "enabled": False, "create_plots": False}
     losses = {"lm": 1.0, "contrastive": 0.2}
     values["phases"] = [
         {"name": "alignment", "steps": 6, "mix": {"pairs": 1.0}, "losses": losses},
