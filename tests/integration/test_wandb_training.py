@@ -47,8 +47,8 @@ def as_mirrored(line: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_training_is_mirrored_line_by_line(tmp_path: Path, tiny_shards: Path) -> None:
     """Every key at its cadence, config and code version; checkpoints and plots where asked for."""
-    path, run_dir = write_run(tmp_path, tiny_shards, "whole", offline=True, log_model_checkpoints=True), tmp_path
-    run_dir = tmp_path / "runs" / "whole"
+    wandb = {"offline": True, "log_model_checkpoints": True, "create_plots": True}
+    path, run_dir = write_run(tmp_path, tiny_shards, "whole", **wandb), tmp_path / "runs" / "whole"
     with trainers(path, 1, extra={0: home_variables(tmp_path / "home")}) as started:
         assert started.codes() == [0], started.said(0)
     assert complete(run_dir)
@@ -136,7 +136,7 @@ def test_stop_on_the_page_saves_and_ends_both_ranks(tmp_path: Path, tiny_shards:
 
 @pytest.mark.slow
 def test_only_rank_0_opens_logs_plots_and_wandb(tmp_path: Path, tiny_shards: Path) -> None:
-    path, run_dir = write_run(tmp_path, tiny_shards, "two", offline=True), tmp_path / "runs" / "two"
+    path, run_dir = write_run(tmp_path, tiny_shards, "two", offline=True, create_plots=True), tmp_path / "runs" / "two"
     environment = home_variables(tmp_path / "home")
     with trainers(path, 2, *ENDLESS, extra=dict.fromkeys(range(2), environment)) as started:
         assert wait_for(lambda: bool(wandb_files(run_dir)) and len(list(read_lines(run_dir / "metrics.jsonl"))) > 12)
