@@ -17,29 +17,12 @@ from typing import Any, Literal
 
 import yaml
 
+from bitmar.config_checks import ConfigError, not_negative, positive, require
+from bitmar.model_config import ModelConfig
+from bitmar.watch_config import AttentionAnalysisConfig, WandbConfig
+
 COMPONENTS = ("embedding", "encoder", "vision", "fusion", "memory", "decoder")
 LOSSES = ("lm", "contrastive", "recall")
-
-
-class ConfigError(ValueError):
-    """A recipe that cannot be run; the message names the field, its value and what would do."""
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
-
-
-def _positive(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value > 0, f"{section}.{name} must be > 0, got {value}")
-
-
-def _not_negative(section: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= 0, f"{section}.{name} must be >= 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -49,11 +32,11 @@ class RunConfig:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.name) and "/" not in self.name and not self.name.startswith("."),
             f"run.name must be a plain folder name, got {self.name!r}",
         )
-        _require(0 <= self.seed < 2**31, f"run.seed must lie in [0, 2^31), got {self.seed}")
+        require(0 <= self.seed < 2**31, f"run.seed must lie in [0, 2^31), got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -70,78 +53,12 @@ class DataConfig:
     cache_gib: float | None = None  # limit of that folder; None: none
 
     def __post_init__(self) -> None:
-        _positive("data", self, "row_tokens", "words_limit", "prefetch_steps", "window_shards", "partitions")
-        _require(
+        positive("data", self, "row_tokens", "words_limit", "prefetch_steps", "window_shards", "partitions")
+        require(
             self.cache_gib is None or self.cache_gib > 0,
             f"data.cache_gib must be > 0, got {self.cache_gib}",
         )
-        _require(0 <= self.damage_ceiling <= 1, f"data.damage_ceiling must lie in [0, 1], got {self.damage_ceiling}")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    vocab_size: int = 16_384
-    width: int = 384  # D
-    heads: int = 6
-    ffn_width: int = 1024
-    encoder_layers: int = 3
-    decoder_layers: int = 3
-    vision_layers: int = 1
-    fusion_layers: int = 1
-    vision_tokens: int = 4  # P
-    vision_encoder_dim: int = 768  # width of the image vector
-    vision_hidden_size: int = 384
-    vision_latent_size: int = 384
-    text_latent_size: int = 384
-    vision_quantization: bool = True
-    quantization: bool = True  # False: the same model without any rounding
-    memory_size: int = 128  # K
-    episode_dim: int = 384  # C
-    memory_alpha: float = 0.3  # weight of the new episode where it blends into a slot
-    memory_match: float = 0.5  # cosine above which an episode matches a slot of its image
-    memory_addressing: Literal["attention", "larimar"] = "attention"
-    memory_noise: float = 0.0  # standard deviation of the write noise (Larimar), keys of unit length
-    writes_per_step: int = 4
-    recall_group: int = 4  # consecutive rows that share one copy of the memory in the recall loss
-    contrastive_group: int = 16  # consecutive rows of the global order that are each other's negatives
-    dropout: float = 0.0
-    rotary_base: float = 500_000.0
-    text_encoder: str | None = None
-
-    def __post_init__(self) -> None:
-        _require(
-            self.text_encoder is None,
-            f"model.text_encoder: {self.text_encoder!r} names pretrained weights, and BitMar trains from scratch: "
-            "words seen in pretraining count against BabyLM's limit, and full-precision weights do not survive "
-            "rounding to three values; remove the key",
-        )
-        _positive(
-            "model",
-            self,
-            *("vocab_size", "width", "heads", "ffn_width", "encoder_layers", "decoder_layers"),
-            *("vision_layers", "fusion_layers", "vision_encoder_dim", "vision_hidden_size"),
-            *("vision_latent_size", "text_latent_size", "memory_size", "episode_dim"),
-            *("recall_group", "rotary_base"),
-        )
-        _not_negative("model", self, "memory_noise", "writes_per_step")
-        _require(
-            self.vision_tokens > 1,
-            f"model.vision_tokens must be > 1, got {self.vision_tokens}: "
-            "attention over a single key has weights of exactly 1 and learns nothing",
-        )
-        _require(
-            self.width % self.heads == 0 and (self.width // self.heads) % 2 == 0,
-            f"model.width {self.width} must be an even multiple of model.heads {self.heads}",
-        )
-        _require(
-            self.text_latent_size == self.vision_latent_size,
-            f"model.text_latent_size {self.text_latent_size} must equal model.vision_latent_size "
-            f"{self.vision_latent_size}: the contrastive loss compares the two",
-        )
-        _require(self.contrastive_group > 1, f"model.contrastive_group must be > 1, got {self.contrastive_group}")
-        _require(0 < self.memory_alpha <= 1, f"model.memory_alpha must lie in (0, 1], got {self.memory_alpha}")
-        _require(-1 <= self.memory_match <= 1, f"model.memory_match must lie in [-1, 1], got {self.memory_match}")
-        _require(0 <= self.dropout < 1, f"model.dropout must lie in [0, 1), got {self.dropout}")
+        require(0 <= self.damage_ceiling <= 1, f"data.damage_ceiling must lie in [0, 1], got {self.damage_ceiling}")
 
 
 @dataclass(frozen=True)
@@ -160,27 +77,27 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         where = f"phases[{self.name}]"
         given = [n for n in ("epochs", "words", "steps") if getattr(self, n) is not None]
-        _require(len(given) == 1, f"{where} needs exactly one of epochs, words, steps, got {given or 'none'}")
+        require(len(given) == 1, f"{where} needs exactly one of epochs, words, steps, got {given or 'none'}")
         length = getattr(self, given[0])
-        _require(length > 0, f"{where}.{given[0]} must be > 0, got {length}")
-        _require(
+        require(length > 0, f"{where}.{given[0]} must be > 0, got {length}")
+        require(
             bool(self.mix) and all(w > 0 for w in self.mix.values()),
             f"{where}.mix must give each source a weight > 0, got {self.mix}",
         )
         for name, weight in self.losses.items():
-            _require(name in LOSSES, f"{where}.losses: unknown loss {name!r}, one of {', '.join(LOSSES)}")
-            _require(weight >= 0, f"{where}.losses.{name} must be >= 0, got {weight}")
-        _require(
+            require(name in LOSSES, f"{where}.losses: unknown loss {name!r}, one of {', '.join(LOSSES)}")
+            require(weight >= 0, f"{where}.losses.{name} must be >= 0, got {weight}")
+        require(
             self.losses.get("lm", 0) > 0,
             f"{where}.losses.lm must be > 0: every phase trains the language model",
         )
         for name in self.train:
-            _require(
+            require(
                 name in COMPONENTS,
                 f"{where}.train: unknown component {name!r}, one of {', '.join(COMPONENTS)}",
             )
-        _require(bool(self.train), f"{where}.train is empty: nothing would be trained")
-        _require(
+        require(bool(self.train), f"{where}.train is empty: nothing would be trained")
+        require(
             self.losses.get("recall", 0) == 0 or "memory" in self.train,
             f"{where}.losses.recall trains the memory, which {where}.train leaves out: add it, or remove the loss",
         )
@@ -200,13 +117,13 @@ class OptimizerConfig:
     eps: float = 1.0e-8
 
     def __post_init__(self) -> None:
-        _positive("optimizer", self, "peak_rate", "second_rate", "eps")
-        _not_negative("optimizer", self, "final_rate", "warmup_steps", "weight_decay")
+        positive("optimizer", self, "peak_rate", "second_rate", "eps")
+        not_negative("optimizer", self, "final_rate", "warmup_steps", "weight_decay")
         lowest = min(self.peak_rate, self.second_rate)
-        _require(self.final_rate <= lowest, f"optimizer.final_rate must be <= {lowest}, got {self.final_rate}")
+        require(self.final_rate <= lowest, f"optimizer.final_rate must be <= {lowest}, got {self.final_rate}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), got {value}")
+            require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), got {value}")
 
 
 @dataclass(frozen=True)
@@ -219,8 +136,8 @@ class TrainingConfig:
     max_steps: int | None = None  # stop early after so many optimizer steps in all
 
     def __post_init__(self) -> None:
-        _positive("training", self, "global_batch", "micro_batch", "gradient_clip", "max_epochs")
-        _require(
+        positive("training", self, "global_batch", "micro_batch", "gradient_clip", "max_epochs")
+        require(
             self.max_steps is None or self.max_steps > 0,
             f"training.max_steps must be > 0, got {self.max_steps}",
         )
@@ -235,8 +152,8 @@ class EngineConfig:
     timeout_s: int = 1800  # a collective that takes longer ends the run
 
     def __post_init__(self) -> None:
-        _positive("engine", self, "timeout_s")
-        _require(
+        positive("engine", self, "timeout_s")
+        require(
             self.threads_per_rank is None or self.threads_per_rank > 0,
             f"engine.threads_per_rank must be > 0, got {self.threads_per_rank}",
         )
@@ -252,14 +169,14 @@ class CheckpointConfig:
     resume: str = "auto"  # auto | never | a checkpoint's folder
 
     def __post_init__(self) -> None:
-        _positive("checkpoint", self, "every_steps", "keep_last")
-        _not_negative("checkpoint", self, "keep_best")
+        positive("checkpoint", self, "every_steps", "keep_last")
+        not_negative("checkpoint", self, "keep_best")
         counts = () if isinstance(self.word_milestones, bool) else self.word_milestones
-        _require(
+        require(
             all(count > 0 for count in counts),
             f"checkpoint.word_milestones must be > 0, got {list(counts)}",
         )
-        _require(bool(self.resume), "checkpoint.resume must be auto, never or a checkpoint's folder, got ''")
+        require(bool(self.resume), "checkpoint.resume must be auto, never or a checkpoint's folder, got ''")
 
 
 @dataclass(frozen=True)
@@ -274,9 +191,9 @@ class FaultsConfig:
     spike_max_rewinds: int = 3  # over the whole run
 
     def __post_init__(self) -> None:
-        _positive("faults", self, "max_skipped_in_a_row", "spike_window", "spike_skip_steps", "spike_max_rewinds")
-        _not_negative("faults", self, "hang_timeout_s")
-        _require(
+        positive("faults", self, "max_skipped_in_a_row", "spike_window", "spike_skip_steps", "spike_max_rewinds")
+        not_negative("faults", self, "hang_timeout_s")
+        require(
             self.spike_factor == 0 or self.spike_factor > 1,
             f"faults.spike_factor must be 0 (off) or > 1, got {self.spike_factor}",
         )
@@ -289,62 +206,7 @@ class ValidationConfig:
     micro_batch: int = 32
 
     def __post_init__(self) -> None:
-        _positive("validation", self, "every_steps", "max_samples", "micro_batch")
-
-
-@dataclass(frozen=True)
-class WandbConfig:
-    """What is measured, how often, and where it is shown. metrics.jsonl and, by create_plots, plots/ are made without
-    wandb too."""
-
-    enabled: bool = True  # False leaves wandb out
-    offline: bool = False  # kept in the run's folder, for `wandb sync`; False: online where wandb finds a key
-    project: str = "bitmar"
-    # None leaves these to wandb's own environment variables (WANDB_ENTITY, WANDB_NAME, ...); a name: run.name
-    entity: str | None = None
-    name: str | None = None
-    group: str | None = None
-    tags: tuple[str, ...] = ()
-    notes: str | None = None
-    resume: bool = True  # one wandb run for all starts of this run; False: each start has its own
-    alerts: bool = True  # skipped updates, gradient norms out of [0.001, 10], stalls, dead heads, a full disk
-    report: bool = False  # a wandb report of the run, built at its end (online)
-    log_model_checkpoints: bool = False  # as wandb artifacts
-    log_histograms: bool = False  # of weights and of gradients, by component
-    log_interval: int | None = None  # steps between two logs that are sent to wandb; None: all that are logged
-    log_every_n_steps: int = 50  # optimizer steps between two logs
-    attention_log_interval: int = 100  # steps between two passes of the probe set
-    pca_log_interval: int = 500  # steps between two gatherings of the probe set's latents
-    probe_samples: int | None = None  # held-out samples of the probe set; None: a sixteenth of the global batch
-    latent_samples: int | None = None  # of the set whose latents are gathered; None: a quarter of the global batch
-    device_tflops: float | None = None  # peak of one device, for Throughput/MFU; None: known GPUs' own
-    log_attention: bool = True
-    log_memory: bool = True
-    log_gradients: bool = True
-    log_quantization: bool = True
-    log_features: bool = True
-    log_attention_maps: bool = True  # the probe captions' cross-modal attention, a picture
-    log_feature_pca: bool = True  # their latents in two dimensions, a picture
-    create_plots: bool = True
-    plot_every_n_epochs: int = 1  # of a phase's sources; the last step is drawn in any case
-    plot_losses: bool = True
-    plot_memory_usage: bool = True
-    plot_attention_heatmaps: bool = True
-    plot_quantization_dist: bool = True
-    plot_gradients: bool = True
-
-    def __post_init__(self) -> None:
-        _positive("wandb", self, "log_every_n_steps", "attention_log_interval", "pca_log_interval")
-        _positive("wandb", self, "plot_every_n_epochs")
-        _require(bool(self.project), "wandb.project must not be empty")
-        for name in ("log_interval", "probe_samples", "latent_samples", "device_tflops"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"wandb.{name} must be > 0, got {value}")
-        _require(
-            self.log_interval is None or self.log_interval % self.log_every_n_steps == 0,
-            f"wandb.log_interval {self.log_interval} must be a multiple of wandb.log_every_n_steps "
-            f"{self.log_every_n_steps}",
-        )
+        positive("validation", self, "every_steps", "max_samples", "micro_batch")
 
 
 @dataclass(frozen=True)
@@ -360,39 +222,40 @@ class Config:
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    attention_analysis: AttentionAnalysisConfig = field(default_factory=AttentionAnalysisConfig)
 
     def __post_init__(self) -> None:
         t, m, micro = self.training, self.model, self.micro_batch(1)
-        _require(bool(self.phases), "phases is empty: give at least one phase")
-        _require(
+        require(bool(self.phases), "phases is empty: give at least one phase")
+        require(
             t.global_batch % micro == 0,
             f"training.global_batch {t.global_batch} must be a multiple of training.micro_batch {micro}",
         )
         fits = micro % m.contrastive_group == 0 or m.contrastive_group % micro == 0
-        _require(
+        require(
             not self._asks_for("contrastive") or fits,
             f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {micro} "
             "or be a multiple of it",
         )
-        _require(
+        require(
             t.global_batch % self.data.partitions == 0,
             f"training.global_batch {t.global_batch} must be a multiple of data.partitions {self.data.partitions}",
         )
         self._check_groups(micro)
         for name in ("probe_samples", "latent_samples"):
             given, most = getattr(self.wandb, name), max(2, t.global_batch // 4)
-            _require(
+            require(
                 given is None or given <= most,
                 f"wandb.{name} must be <= {most}, a quarter of training.global_batch, got {given}",
             )
         every, validated = self.checkpoint.every_steps, self.validation.every_steps
-        _require(
+        require(
             self.checkpoint.keep_best == 0 or every % validated == 0,
             f"checkpoint.keep_best needs a validation at every checkpoint: checkpoint.every_steps {every} must be a "
             f"multiple of validation.every_steps {validated}",
         )
         names = [p.name for p in self.phases]
-        _require(len(set(names)) == len(names), f"phases need names of their own, got {names}")
+        require(len(set(names)) == len(names), f"phases need names of their own, got {names}")
 
     @property
     def run_directory(self) -> Path:
@@ -402,12 +265,12 @@ class Config:
         """Refuse a batch that `world_size` ranks do not divide. Raises ConfigError."""
         t, m, micro = self.training, self.model, max(1, self.micro_batch(world_size))
         together = micro * world_size
-        _require(
+        require(
             t.global_batch % together == 0,
             f"training.global_batch {t.global_batch} is not divided by training.micro_batch {micro} x "
             f"{world_size} ranks; a multiple of {together} would do, or another micro-batch",
         )
-        _require(
+        require(
             not self._asks_for("contrastive") or together % m.contrastive_group == 0,
             f"model.contrastive_group {m.contrastive_group} must divide training.micro_batch {micro} x "
             f"{world_size} ranks = {together}: its rows are compared within one forward pass",
@@ -421,12 +284,12 @@ class Config:
     def _check_groups(self, micro: int) -> None:
         """Refuse groups that do not lie within the `micro` rows of a rank's forward pass. Raises ConfigError."""
         m = self.model
-        _require(
+        require(
             not self._asks_for("contrastive") or self.data.partitions == 1 or micro % m.contrastive_group == 0,
             f"with data.partitions {self.data.partitions} a rank's rows are neighbours, so model.contrastive_group "
             f"{m.contrastive_group} must divide training.micro_batch {micro} (or a rank's share of the batch)",
         )
-        _require(
+        require(
             not self._asks_for("recall") or micro % m.recall_group == 0,
             f"training.micro_batch {micro} (or a rank's share of the batch) must be a multiple of "
             f"model.recall_group {m.recall_group}",
@@ -475,7 +338,7 @@ def _plain(value: Any) -> Any:
 def _apply(raw: dict[str, Any], override: str) -> None:
     """Set one `key.path=value`; a list element is named by its index (phases.0.steps=10)."""
     path, equals, text = override.partition("=")
-    _require(bool(equals and path), f"override {override!r} must have the form key.path=value")
+    require(bool(equals and path), f"override {override!r} must have the form key.path=value")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -485,13 +348,13 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(node, list):
-            _require(
+            require(
                 key.isdigit() and int(key) < len(node),
                 f"override {override!r}: {key!r} is no index into {'.'.join(keys[:depth])} (0 to {len(node) - 1})",
             )
             index: Any = int(key)
         else:
-            _require(
+            require(
                 isinstance(node, dict),
                 f"override {override!r}: {'.'.join(keys[:depth])} holds a single value",
             )
@@ -525,10 +388,10 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     """Check `value` against the annotation `kind`; ints serve as floats, "1e-3" too (YAML reads it as text)."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        _require(isinstance(value, dict), f"{path} must be a section of keys, got {value!r}")
+        require(isinstance(value, dict), f"{path} must be a section of keys, got {value!r}")
         return _build(typing.cast(type, kind), value, path + ".")
     if origin is Literal:
-        _require(value in args, f"{path} must be one of {', '.join(map(str, args))}, got {value!r}")
+        require(value in args, f"{path} must be one of {', '.join(map(str, args))}, got {value!r}")
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
@@ -536,10 +399,10 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         kinds = [a for a in args if a is not type(None) and (a is not bool or isinstance(value, bool))] or [bool]
         return _convert(kinds[0], value, path)
     if origin is tuple:
-        _require(isinstance(value, list), f"{path} must be a list, got {value!r}")
+        require(isinstance(value, list), f"{path} must be a list, got {value!r}")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is dict:
-        _require(isinstance(value, dict), f"{path} must be a mapping, got {value!r}")
+        require(isinstance(value, dict), f"{path} must be a mapping, got {value!r}")
         return {str(k): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
@@ -547,7 +410,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         except ValueError:
             raise ConfigError(f"{path} must be a number, got {value!r}") from None
     if kind is float and isinstance(value, float):
-        _require(math.isfinite(value), f"{path} must be a finite number, got {value}")
+        require(math.isfinite(value), f"{path} must be a finite number, got {value}")
     if type(value) is not kind:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise ConfigError(f"{path} must be {words[kind]}, got {value!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import shutil
 import time
@@ -89,8 +90,10 @@ class Saved:
 
 def identity(config: Config, tokenizer_hash: str, data_hash: str) -> dict[str, Any]:
     """What must be equal for a checkpoint to go on: the model, and all that the order of the data follows from."""
+    model = json.loads(json.dumps(dataclasses.asdict(config.model)))  # as it is read back
+    edited = ("masked_heads", "pruned_heads", "pruned_scales")
     return {
-        "model": dataclasses.asdict(config.model),
+        "model": {name: value for name, value in model.items() if value or name not in edited},
         "order": {
             "run.seed": config.run.seed,
             "training.global_batch": config.training.global_batch,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bitmar.batch import Batch
 from bitmar.config import COMPONENTS, ModelConfig
+from bitmar.head_names import KINDS
 from bitmar.model.attention import Heads, Shown, text_positions
 from bitmar.model.blocks import Block, Dropout
 from bitmar.model.fusion import Fusion
@@ -23,8 +24,6 @@ from bitmar.model.memory import EpisodeWriter, MemoryReader, MemoryState, Recall
 from bitmar.model.quantize import BitLinear
 from bitmar.model.text import TextDecoder, TextEncoder, TokenEmbedding, pooled
 from bitmar.model.vision import VisionEncoder
-
-HEAD_KINDS = ("encoder", "decoder", "cross_modal", "memory")  # of attention
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class BitMar(nn.Module):
             batch.positions, batch.segments, batch.packed, head_width, config.rotary_base, packing
         )
         mask = batch.token_mask
-        shown = {kind: Shown() for kind in HEAD_KINDS} if heads else {}
+        shown = {kind: Shown() for kind in KINDS} if heads else {}
         of = shown.get
         embedded = self.embedding(batch.tokens)
         hidden, text_latent = self.encoder(embedded, positions, mask, dropout, recompute, of("encoder"))

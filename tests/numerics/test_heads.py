@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bitmar.batch import IGNORE, Batch
+from bitmar.head_names import KINDS
 from bitmar.model.attention import Heads
-from bitmar.model.bitmar import HEAD_KINDS, BitMar
+from bitmar.model.bitmar import BitMar
 from bitmar.model.memory import MemoryState, write
 from bitmar.model.quantize import quantize_activations
 from bitmar.observability.probes import TOP_SHARE, figures, gates_of, rounding_sums
@@ -41,7 +42,7 @@ def test_shown_heads_compute_what_fused_attention_does() -> None:
     config = model.config
     layers = {kind: len(heads) for kind, heads in shown.heads.items()}
     expected = (config.encoder_layers, config.decoder_layers, config.fusion_layers, 1)
-    assert layers == dict(zip(HEAD_KINDS, expected, strict=True))
+    assert layers == dict(zip(KINDS, expected, strict=True))
     for kind in ("encoder", "decoder", "cross_modal"):
         for heads in shown.heads[kind]:
             torch.testing.assert_close(heads.weights.sum(-1), torch.ones(heads.weights.shape[:-1]), check_dtype=False)
@@ -62,7 +63,7 @@ def output_weights(model: BitMar, kind: str, head: int) -> Tensor:
     return stack.blocks[-1].attention.qkv.weight.data[2 * width :][mine]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("kind", HEAD_KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_gate_s_gradient_is_the_finite_difference(kind: str) -> None:
     """Of a sample's loss, by a factor of 1 on the head's output."""
     model, batch, memory = unrounded()

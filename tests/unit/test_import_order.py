@@ -47,6 +47,8 @@ shards.dataset
 shards.rows
 shards.loader
 bitmar.startup bitmar.version
+bitmar.config_checks bitmar.head_names
+bitmar.model_config bitmar.watch_config
 bitmar.config
 bitmar.engine.world
 bitmar.engine.extensions bitmar.engine.launcher bitmar.engine.watchdog
