@@ -20,6 +20,7 @@ from bitmar.engine.faults import START_UP_S, Guard, Notice, Stopped
 from bitmar.engine.retention import WordMilestones, milestones
 from bitmar.engine.world import World
 from bitmar.engine.zero import ZeroEngine, choose_precision
+from bitmar.loading import CONFIG_FILE, TOKENIZER_FILE
 from bitmar.model.bitmar import BitMar, parameter_counts, parameter_sizes
 from bitmar.model.memory import MemoryState
 from bitmar.observability.sinks import NullSink, Sink, open_sinks
@@ -104,7 +105,7 @@ def assemble(
     start_up.mark("loader")
     last = last_step(config, lengths)
     finished = world.broadcast_object(progress.step >= last and summary_step(config) == progress.step)
-    sinks = NullSink() if dry_run else open_run(config, world, progress, last, finished)
+    sinks = NullSink() if dry_run else open_run(config, world, progress, last, finished, shards.tokenizer)
     run = Run(
         config=config,
         world=world,
@@ -292,14 +293,20 @@ def summary_step(config: Config) -> int | None:
         return None
 
 
-def open_run(config: Config, world: World, progress: Progress, total_steps: int, finished: bool) -> Sink:
-    """The run's directory with its resolved config, and the sinks of this rank. Raises ConfigError."""
+def open_run(
+    config: Config, world: World, progress: Progress, total_steps: int, finished: bool, tokenizer: str
+) -> Sink:
+    """The run's directory with its resolved config and its tokenizer's file, and the sinks of this rank.
+
+    Raises ConfigError.
+    """
     directory = config.run_directory
     problem = None
     if world.is_first:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            (directory / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+            (directory / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")
         except OSError as error:
             problem = f"run.directory: {directory} cannot be written: {error.strerror}"
     world.raise_together(problem, ConfigError)

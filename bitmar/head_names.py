@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 KINDS = ("encoder", "decoder", "cross_modal", "memory")  # of attention
@@ -36,11 +35,3 @@ def parse_head(text: str, kind: str | None = None) -> HeadName:
 def parse_heads(text: str, kind: str | None = None) -> tuple[HeadName, ...]:
     """A list with commas: encoder.L2H3,decoder.L0H1. Raises ValueError."""
     return tuple(parse_head(part, kind) for part in text.split(",") if part.strip())
-
-
-def by_layer(heads: Iterable[HeadName]) -> dict[str, tuple[int, ...]]:
-    """`encoder.L2` -> its heads that are named, in order."""
-    found: dict[str, set[int]] = {}
-    for head in heads:
-        found.setdefault(head.place, set()).add(head.head)
-    return {place: tuple(sorted(numbers)) for place, numbers in found.items()}

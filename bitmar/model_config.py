@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from bitmar.config_checks import ConfigError, not_negative, positive, require
-from bitmar.head_names import HeadName, by_layer, parse_head
+from bitmar.head_names import HeadName, parse_head
 
-MATRICES = {"encoder": 4, "decoder": 4, "cross_modal": 4}  # of an attention layer: query, key, value, output
+MATRICES = ("query", "key", "value", "output")  # of an attention layer
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """An attention layer from which tools/edit_heads.py has cut heads."""
+
+    layer: str  # encoder.L2
+    heads: tuple[int, ...]
+    # by what the mean |W| of query, key, value and output is multiplied, to be that of the whole matrix when it was cut
+    scales: tuple[float, ...]
+
+    @property
+    def names(self) -> tuple[HeadName, ...]:
+        """Raises ValueError."""
+        return tuple(parse_head(f"{self.layer}H{head}") for head in self.heads)
 
 
 @dataclass(frozen=True)
@@ -40,11 +55,8 @@ class ModelConfig:
     dropout: float = 0.0
     rotary_base: float = 500_000.0
     text_encoder: str | None = None
-    # What tools/edit_heads.py has done: heads whose output is 0, heads that are no more, and by what the mean |W| of
-    # each matrix of a pruned layer (encoder.L2: query, key, value, output) is multiplied to be that of the whole layer
-    masked_heads: tuple[str, ...] = ()
-    pruned_heads: tuple[str, ...] = ()
-    pruned_scales: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    masked_heads: tuple[str, ...] = ()  # encoder.L2H3: their output is 0
+    pruned_heads: tuple[PrunedLayer, ...] = ()
 
     def __post_init__(self) -> None:
         require(
@@ -84,7 +96,8 @@ class ModelConfig:
 
     def _check_heads(self) -> None:
         try:
-            masked, pruned = self._parsed(self.masked_heads), self._parsed(self.pruned_heads)
+            masked = tuple(map(parse_head, self.masked_heads))
+            pruned = tuple(head for layer in self.pruned_heads for head in layer.names)
         except ValueError as error:
             raise ConfigError(f"model.masked_heads, model.pruned_heads: {error}") from None
         for head in (*masked, *pruned):
@@ -95,12 +108,13 @@ class ModelConfig:
             all(head.kind != "memory" for head in pruned),
             "model.pruned_heads: memory attention has one head, without which there is no reading",
         )
-        for place, heads in by_layer(pruned).items():
-            require(len(heads) < self.heads, f"model.pruned_heads: {place} would have no head left")
-            scales = self.pruned_scales.get(place, ())
+        places = [layer.layer for layer in self.pruned_heads]
+        require(len(set(places)) == len(places), f"model.pruned_heads names a layer twice: {places}")
+        for layer in self.pruned_heads:
+            require(len(set(layer.heads)) < self.heads, f"model.pruned_heads: {layer.layer} would have no head left")
             require(
-                len(scales) == MATRICES[place.split(".")[0]],
-                f"model.pruned_scales.{place} must have {MATRICES[place.split('.')[0]]} numbers, got {list(scales)}",
+                len(layer.scales) == len(MATRICES) and min(layer.scales) > 0,
+                f"model.pruned_heads: {layer.layer} needs scales > 0 of {', '.join(MATRICES)}, got {layer.scales}",
             )
 
     def require_head(self, head: HeadName) -> None:
@@ -117,11 +131,11 @@ class ModelConfig:
         layers = {"encoder": self.encoder_layers, "decoder": self.decoder_layers, "cross_modal": self.fusion_layers}
         return (1, 1) if kind == "memory" else (layers[kind], self.heads)
 
-    def without(self, kind: str, layer: int, pruned: bool) -> tuple[int, ...]:
-        """The heads of a layer that are pruned, or masked."""
-        names = self.pruned_heads if pruned else self.masked_heads
-        return by_layer(self._parsed(names)).get(f"{kind}.L{layer}", ())
+    def pruned_from(self, kind: str, layer: int) -> PrunedLayer | None:
+        """What was cut from a layer."""
+        return next((found for found in self.pruned_heads if found.layer == f"{kind}.L{layer}"), None)
 
-    @staticmethod
-    def _parsed(names: tuple[str, ...]) -> tuple[HeadName, ...]:
-        return tuple(map(parse_head, names))
+    def masked_in(self, kind: str, layer: int) -> tuple[int, ...]:
+        """The masked heads of a layer."""
+        heads = map(parse_head, self.masked_heads)
+        return tuple(sorted({head.head for head in heads if head.place == f"{kind}.L{layer}"}))

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitmar.config import CheckpointConfig, Config
+from bitmar.config import CheckpointConfig, Config, ModelConfig
 from bitmar.engine.fragments import (
     FORMAT,
     MEMORY_FILE,
@@ -90,10 +90,8 @@ class Saved:
 
 def identity(config: Config, tokenizer_hash: str, data_hash: str) -> dict[str, Any]:
     """What must be equal for a checkpoint to go on: the model, and all that the order of the data follows from."""
-    model = json.loads(json.dumps(dataclasses.asdict(config.model)))  # as it is read back
-    edited = ("masked_heads", "pruned_heads", "pruned_scales")
     return {
-        "model": {name: value for name, value in model.items() if value or name not in edited},
+        "model": identity_of_model(config.model),
         "order": {
             "run.seed": config.run.seed,
             "training.global_batch": config.training.global_batch,
@@ -103,6 +101,12 @@ def identity(config: Config, tokenizer_hash: str, data_hash: str) -> dict[str, A
             "shards": data_hash,
         },
     }
+
+
+def identity_of_model(config: ModelConfig) -> dict[str, Any]:
+    """A model as state.json holds it and gives it back; what no surgery has touched is left out."""
+    model = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for name, value in model.items() if value or name not in ("masked_heads", "pruned_heads")}
 
 
 def checkpoint_directories(run_directory: Path) -> list[Path]:
@@ -382,6 +386,8 @@ def _check_shapes(directory: Path, theirs: dict[str, tuple[int, ...]], ours: dic
 
 def _check_identity(directory: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     for section, meaning in (("model", "another model"), ("order", "another order of the data")):
+        if section == "order" and not theirs[section]:  # step 0 of a run whose order nothing has fixed yet
+            continue
         for key in sorted(set(theirs[section]) | set(ours[section])):
             there, here = theirs[section].get(key), ours[section].get(key)
             if there != here:

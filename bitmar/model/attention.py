@@ -8,6 +8,7 @@ Sub-norm and missing biases as in BitNet b1.58 2B4T (2025), section 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from bitmar.batch import Packing
 from bitmar.model.quantize import BitLinear, RMSNorm
+from bitmar.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,48 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class LayerHeads:
+    """The heads of an attention layer."""
+
+    whole: int  # as the layer was made
+    pruned: tuple[int, ...] = ()
+    masked: tuple[int, ...] = ()  # whose output is 0
+    scales: tuple[float, ...] = ()  # BitLinear.factors of query, key, value, output, where any is pruned
+
+    @classmethod
+    def of(cls, config: ModelConfig, kind: str, layer: int) -> LayerHeads:
+        cut, hidden = config.pruned_from(kind, layer), config.masked_in(kind, layer)
+        return cls(config.heads, cut.heads if cut else (), hidden, cut.scales if cut else ())
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        return tuple(head for head in range(self.whole) if head not in self.pruned)
+
+    @property
+    def is_edited(self) -> bool:
+        return bool(self.pruned or self.masked)
+
+
+@dataclass(frozen=True)
 class Heads:
     """What an attention layer did in a forward pass that was asked to show it; without packed captions."""
 
     weights: Float[Tensor, "B H T S"]  # fp32, detached
     gates: Float[Tensor, "B H"]  # 1, multiplied on each head's output: the loss's gradient by them is of the heads
+    numbers: tuple[int, ...]  # of the H heads, where others were pruned
+    whole: int  # heads with those
+
+
+@dataclass(frozen=True)
+class HeadEdit:
+    """What is made of the outputs z of a layer's heads: factor * z + offset."""
+
+    factor: Float[Tensor, "H #E"]
+    offset: Float[Tensor, "H E"] | None = None
+
+    def __call__(self, z: Float[Tensor, "B H T E"]) -> Float[Tensor, "B H T E"]:
+        changed = z * self.factor[:, None]
+        return changed if self.offset is None else changed + self.offset[:, None]
 
 
 def attend(
@@ -113,10 +152,20 @@ def _attend_uncompiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
 
 
 class Shown:
-    """Takes what the layers of one kind show, in their order. (ZeRO-3 hands modules a copy of a list.)"""
+    """Takes what the layers of one kind show, in their order. (ZeRO-3 hands modules a copy of a list.)
 
-    def __init__(self) -> None:
+    `edits`: of the layers' heads, in the same order; none where it is empty.
+    """
+
+    def __init__(self, edits: Sequence[HeadEdit] = ()) -> None:
         self.layers: list[Heads] = []
+        self._edits = edits
+
+    def take(self, heads: Heads, z: Float[Tensor, "B H T E"]) -> Float[Tensor, "B H T E"]:
+        """Keep what a layer shows of its heads; gives their outputs with the gates and the layer's edit."""
+        self.layers.append(heads)
+        gated = z * heads.gates[..., None, None]
+        return self._edits[len(self.layers) - 1](gated) if self._edits else gated
 
 
 def shown_attention(
@@ -125,6 +174,7 @@ def shown_attention(
     value: Float[Tensor, "B H S E"],
     allowed: Bool[Tensor, "#B 1 T S"] | None,
     shown: Shown,
+    heads: LayerHeads,
 ) -> Float[Tensor, "B H T E"]:
     """Scaled dot-product attention in plain operations, whose weights and gates go to `shown`."""
     with torch.autocast(query.device.type, enabled=False):  # whose products and weights would be of the lower precision
@@ -132,14 +182,25 @@ def shown_attention(
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
         weights = scores.softmax(-1)
-    gates = head_gates(query)
-    shown.layers.append(Heads(weights.detach(), gates))
-    return weights.to(value.dtype) @ value * gates[..., None, None]
+    told = Heads(weights.detach(), head_gates(query), heads.kept, heads.whole)
+    return shown.take(told, weights.to(value.dtype) @ value)
 
 
 def head_gates(x: Float[Tensor, "B H *D"]) -> Float[Tensor, "B H"]:
     """A factor of 1 for each head's output in each row, whose gradient is the head's importance."""
     return torch.ones(x.shape[:2], dtype=x.dtype, device=x.device, requires_grad=torch.is_grad_enabled())
+
+
+def head_mask(heads: LayerHeads, width: int) -> Float[Tensor, "I"] | None:
+    """0 for the numbers of masked heads' outputs, 1 for the others'; None where no head is masked."""
+    if not heads.masked:
+        return None
+    works = [float(head not in heads.masked) for head in heads.kept]
+    return torch.tensor(works).repeat_interleave(width // heads.whole)
+
+
+def masked(x: Float[Tensor, "*B I"], mask: Float[Tensor, "I"] | None) -> Float[Tensor, "*B I"]:
+    return x if mask is None else x * mask
 
 
 def _split_heads(x: Float[Tensor, "B S D"], heads: int) -> Float[Tensor, "B H S E"]:
@@ -149,19 +210,24 @@ def _split_heads(x: Float[Tensor, "B S D"], heads: int) -> Float[Tensor, "B H S 
 class SelfAttention(nn.Module):
     """Causal over text when given Positions, over all tokens of a row when given None."""
 
-    def __init__(self, width: int, heads: int, quantized: bool) -> None:
+    mask: Float[Tensor, "I"] | None
+
+    def __init__(self, width: int, heads: LayerHeads, quantized: bool) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = BitLinear(width, (width, width, width), quantized)
-        self.sub_norm = RMSNorm(width)
-        self.output = BitLinear(width, width, quantized)
+        self.layer, self.heads = heads, len(heads.kept)
+        inner = self.heads * (width // heads.whole)
+        self.qkv = BitLinear(width, (inner, inner, inner), quantized, heads.scales[:3])
+        self.sub_norm = RMSNorm(inner, of=width if heads.is_edited else None)
+        self.output = BitLinear(inner, width, quantized, heads.scales[3:])
+        self.register_buffer("mask", head_mask(heads, width), persistent=False)
 
     def forward(
         self, x: Float[Tensor, "B T D"], positions: Positions | None, shown: Shown | None = None
     ) -> Float[Tensor, "B T D"]:
         if positions is not None and positions.packing is not None:
             assert shown is None, "heads are shown of unpacked rows"
-            return self.output(self.sub_norm(self._within_captions(self.qkv(x), positions, positions.packing)))
+            found = self._within_captions(self.qkv(x), positions, positions.packing)
+            return self.output(self.sub_norm(masked(found, self.mask)))
         parts = _split_heads(self.qkv(x), 3 * self.heads)
         mask, (query_key, value) = None, parts.split((2 * self.heads, self.heads), dim=1)
         if positions is not None:
@@ -173,8 +239,8 @@ class SelfAttention(nn.Module):
         else:
             if causal:
                 mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, None]
-            mixed = shown_attention(query, key, value, mask, shown)
-        return self.output(self.sub_norm(mixed.transpose(1, 2).flatten(2)))
+            mixed = shown_attention(query, key, value, mask, shown, self.layer)
+        return self.output(self.sub_norm(masked(mixed.transpose(1, 2).flatten(2), self.mask)))
 
     def _within_captions(
         self, qkv: Float[Tensor, "B T W"], positions: Positions, packing: Packing
@@ -192,13 +258,17 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Text positions attend to the tokens of their own caption's image; no positions, no mask."""
 
-    def __init__(self, width: int, heads: int, quantized: bool) -> None:
+    mask: Float[Tensor, "I"] | None
+
+    def __init__(self, width: int, heads: LayerHeads, quantized: bool) -> None:
         super().__init__()
-        self.heads = heads
-        self.query = BitLinear(width, width, quantized)
-        self.key_value = BitLinear(width, (width, width), quantized)
-        self.sub_norm = RMSNorm(width)
-        self.output = BitLinear(width, width, quantized)
+        self.layer, self.heads = heads, len(heads.kept)
+        inner = self.heads * (width // heads.whole)
+        self.query = BitLinear(width, inner, quantized, heads.scales[:1])
+        self.key_value = BitLinear(width, (inner, inner), quantized, heads.scales[1:3])
+        self.sub_norm = RMSNorm(inner, of=width if heads.is_edited else None)
+        self.output = BitLinear(inner, width, quantized, heads.scales[3:])
+        self.register_buffer("mask", head_mask(heads, width), persistent=False)
 
     def forward(
         self,
@@ -209,14 +279,15 @@ class CrossAttention(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         if packing is not None:
             assert shown is None, "heads are shown of unpacked rows"
-            return self.output(self.sub_norm(self._within_captions(self.query(x), self.key_value(source), packing)))
+            found = self._within_captions(self.query(x), self.key_value(source), packing)
+            return self.output(self.sub_norm(masked(found, self.mask)))
         query = _split_heads(self.query(x), self.heads)
         key, value = (_split_heads(part, self.heads) for part in self.key_value(source).chunk(2, dim=-1))
         if shown is None:
             mixed = attend(query, key, value)
         else:
-            mixed = shown_attention(query, key, value, None, shown)
-        return self.output(self.sub_norm(mixed.transpose(1, 2).flatten(2)))
+            mixed = shown_attention(query, key, value, None, shown, self.layer)
+        return self.output(self.sub_norm(masked(mixed.transpose(1, 2).flatten(2), self.mask)))
 
     def _within_captions(
         self, query: Float[Tensor, "B T D"], key_value: Float[Tensor, "N S W"], packing: Packing

@@ -7,7 +7,7 @@ C episode width, V vocabulary, Z latent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bitmar.batch import Batch
 from bitmar.config import COMPONENTS, ModelConfig
 from bitmar.head_names import KINDS
-from bitmar.model.attention import Heads, Shown, text_positions
+from bitmar.model.attention import HeadEdit, Heads, Shown, text_positions
 from bitmar.model.blocks import Block, Dropout
 from bitmar.model.fusion import Fusion
 from bitmar.model.memory import EpisodeWriter, MemoryReader, MemoryState, RecallInput
@@ -88,19 +88,22 @@ class BitMar(nn.Module):
         logits: bool = False,
         entropy: bool = False,
         heads: bool = False,
+        edits: Mapping[str, Sequence[HeadEdit]] | None = None,
     ) -> Outputs:
         """Run every module on every batch (rows without an image are masked), so that ranks keep step.
 
         `memory` is read and never changed; `recall` also writes the captions' episodes to copies of it and reads
         them back from one modality alone. `logits` keeps those of all positions, which the losses do without. `entropy`
-        takes that of the predictions; `heads` shows what each head does, in plain operations instead of fused ones.
+        takes that of the predictions; `heads` shows what each head does, in plain operations instead of fused ones, and
+        `edits` change what they hand on: kind of attention -> an edit for each of its layers.
         """
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=bf16):
-            return self._forward(batch, memory, recall, logits, entropy, heads)
+            shown = {kind: Shown((edits or {}).get(kind, ())) for kind in KINDS} if heads or edits else {}
+            return self._forward(batch, memory, recall, logits, entropy, shown)
 
     def _forward(
-        self, batch: Batch, memory: MemoryState, recall: bool, logits: bool, entropy: bool, heads: bool
+        self, batch: Batch, memory: MemoryState, recall: bool, logits: bool, entropy: bool, shown: dict[str, Shown]
     ) -> Outputs:
         config, recompute = self.config, self.activation_checkpointing and self.training
         dropout = Dropout(config.dropout, self.seed, batch.rows) if self.training and config.dropout > 0 else None
@@ -109,7 +112,6 @@ class BitMar(nn.Module):
             batch.positions, batch.segments, batch.packed, head_width, config.rotary_base, packing
         )
         mask = batch.token_mask
-        shown = {kind: Shown() for kind in KINDS} if heads else {}
         of = shown.get
         embedded = self.embedding(batch.tokens)
         hidden, text_latent = self.encoder(embedded, positions, mask, dropout, recompute, of("encoder"))

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bitmar.model.attention import Positions, SelfAttention, Shown
+from bitmar.model.attention import LayerHeads, Positions, SelfAttention, Shown
 from bitmar.model.quantize import BitLinear, RMSNorm
 
 
@@ -86,7 +86,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, width: int, heads: int, hidden: int, quantized: bool, site: int) -> None:
+    def __init__(self, width: int, heads: LayerHeads, hidden: int, quantized: bool, site: int) -> None:
         super().__init__()
         self.site = site  # numbers the dropout masks of this block
         self.attention_norm = RMSNorm(width)

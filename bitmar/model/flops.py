@@ -7,6 +7,7 @@ forward pass; what activation checkpointing computes again is not counted.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from bitmar.config import ModelConfig
@@ -15,7 +16,8 @@ FORMULA = (
     "3 x [tokens x (L (8 D^2 + 6 D F) + fusion (4 D^2 + 4 P D) + 4 D C + 4 K C + 2 V D) + L 4 D attended"
     " + captions x (2 D Z + 4 Z C + 2 C^2)], vision: 3 x captions x (2 I H + 2 H P D + vision_layers"
     " (P (8 D^2 + 6 D F) + 4 D P^2) + 2 D Z + fusion 4 D^2 P); L encoder and decoder layers, attended: query-key pairs"
-    " under the causal mask, n (n + 1) / 2 for a record of n tokens"
+    " under the causal mask, n (n + 1) / 2 for a record of n tokens; where heads are pruned, their share of a layer's"
+    " D^2 and D in attention is left out"
 )
 
 
@@ -50,14 +52,21 @@ def training_flops(model: ModelConfig, work: Work) -> Flops:
     """Operations of training on `work` (FORMULA; losses and optimiser have next to no matrix products)."""
     d, c, z, p = model.width, model.episode_dim, model.text_latent_size, model.vision_tokens
     layers = model.encoder_layers + model.decoder_layers
-    block = 8 * d * d + 6 * d * model.ffn_width
-    token = layers * block
-    token += model.fusion_layers * (4 * d * d + 4 * p * d)
+    text_heads, fusion_heads = _widths(model, "encoder", "decoder"), _widths(model, "cross_modal")
+    token = 8 * d * text_heads + layers * 6 * d * model.ffn_width
+    token += (4 * d + 4 * p) * fusion_heads
     token += 4 * d * c + 4 * model.memory_size * c
     token += 2 * model.vocab_size * d
     latents = 2 * d * z + 4 * z * c + 2 * c * c
     vision = 2 * model.vision_encoder_dim * model.vision_hidden_size + 2 * model.vision_hidden_size * p * d
-    vision += model.vision_layers * (p * block + 4 * d * p * p)
-    vision += 2 * d * z + model.fusion_layers * 4 * d * d * p
-    text = work.tokens * token + layers * 4 * d * work.attended + work.captions * latents
+    vision += model.vision_layers * (p * (8 * d * d + 6 * d * model.ffn_width) + 4 * d * p * p)
+    vision += 2 * d * z + 4 * d * fusion_heads * p
+    text = work.tokens * token + 4 * text_heads * work.attended + work.captions * latents
     return Flops(3 * text, 3 * work.captions * vision)
+
+
+def _widths(model: ModelConfig, *kinds: str) -> int:
+    """The numbers that the heads of all layers of some kinds of attention give a token."""
+    heads = sum(math.prod(model.attention_shape(kind)) for kind in kinds)
+    heads -= sum(head.kind in kinds for layer in model.pruned_heads for head in layer.names)
+    return heads * (model.width // model.heads)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitmar.batch import Packing
 from bitmar.config import ModelConfig
-from bitmar.model.attention import CrossAttention, Shown
+from bitmar.model.attention import CrossAttention, LayerHeads, Shown
 from bitmar.model.quantize import RMSNorm
 
 LOG_100 = 4.6052  # Radford et al. 2021, section 2.5, bound the factor at 100
@@ -21,10 +21,10 @@ GATE_START = 0.5  # tanh(0.5) = 0.46: open enough for a gradient to reach the vi
 class FusionLayer(nn.Module):
     """x + tanh(gate) * cross_attention(norm(x), vision); rows without an image have their gate at 0."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.norm = RMSNorm(config.width)
-        self.attention = CrossAttention(config.width, config.heads, config.quantization)
+        self.attention = CrossAttention(config.width, LayerHeads.of(config, "cross_modal", layer), config.quantization)
         self.gate = nn.Parameter(torch.full((1,), GATE_START))
 
     def forward(
@@ -46,7 +46,7 @@ class Fusion(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(FusionLayer(config) for _ in range(config.fusion_layers))
+        self.layers = nn.ModuleList(FusionLayer(config, layer) for layer in range(config.fusion_layers))
         # exp(log_temperature) multiplies the cosine; starts at 1 / 0.07 (Radford et al. 2021, section 2.5)
         self.log_temperature = nn.Parameter(torch.tensor([2.6593]))
 

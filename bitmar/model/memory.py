@@ -279,6 +279,7 @@ class MemoryReader(nn.Module):
         self.output_norm = RMSNorm(config.episode_dim)
         self.output = BitLinear(config.episode_dim, config.width, config.quantization)
         self.gate = nn.Parameter(torch.full((1,), 0.25))
+        self.is_masked = bool(config.masked_in("memory", 0))
         # cosines count tenfold at the start; least squares needs no such factor
         softmax = config.memory_addressing == "attention"
         self.log_sharpness = nn.Parameter(torch.full((1,), 2.3026)) if softmax else None
@@ -314,9 +315,9 @@ class MemoryReader(nn.Module):
         found = self.output(self.output_norm(value.to(x.dtype)))
         if shown is not None:
             assert packing is None, "heads are shown of unpacked rows"
-            shown.layers.append(Heads(weights.detach()[:, None], head_gates(found[:, None])))
-            found = found * shown.layers[-1].gates[..., None]  # behind the norm, which would take the gate out again
-        x = x + gate * found
+            told = Heads(weights.detach()[:, None], head_gates(found[:, None]), (0,), 1)
+            found = shown.take(told, found[:, None])[:, 0]  # behind the norm, which would take the gate out again
+        x = x + gate * (found * 0 if self.is_masked else found)  # every parameter keeps a gradient
         return x, read_mass, gate.detach(), recalled
 
 

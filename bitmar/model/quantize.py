@@ -24,17 +24,24 @@ EPS = 1e-5
 LEVELS = 127.0  # largest 8-bit activation
 
 
-def ternary_scale(weight: Float[Tensor, "O I"], sections: tuple[int, ...]) -> Float[Tensor, "O 1"]:
+def ternary_scale(
+    weight: Float[Tensor, "O I"], sections: tuple[int, ...], factors: tuple[float, ...] = ()
+) -> Float[Tensor, "O 1"]:
     """gamma of each output row: mean|W| over the row's section (one section is one matrix of the paper)."""
-    means = section_scales(weight, sections)
+    means = section_scales(weight, sections, factors)
     rows = [mean.expand(size, 1) for mean, size in zip(means, sections, strict=True)]
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
-def section_scales(weight: Float[Tensor, "O I"], sections: tuple[int, ...]) -> list[Float[Tensor, ""]]:
-    """gamma of each section."""
+def section_scales(
+    weight: Float[Tensor, "O I"], sections: tuple[int, ...], factors: tuple[float, ...] = ()
+) -> list[Float[Tensor, ""]]:
+    """gamma of each section. `factors`: of a section whose mean|W| is not that of the matrix it was cut from."""
     # torch.linalg.vector_norm would need no copy of |W|, and takes five times as long on a CPU
-    return [part.abs().mean(dtype=torch.float32).clamp(min=EPS) for part in weight.split(sections)]
+    means = [part.abs().mean(dtype=torch.float32) for part in weight.split(sections)]
+    if factors:  # in fp64, so that the product is the whole matrix's gamma to the bit
+        means = [(mean.double() * factor).float() for mean, factor in zip(means, factors, strict=True)]
+    return [mean.clamp(min=EPS) for mean in means]
 
 
 def ternary(weight: Float[Tensor, "O I"], scale: Float[Tensor, "O 1"]) -> Float[Tensor, "O I"]:
@@ -53,10 +60,10 @@ class _BitLinear(torch.autograd.Function):
     """y = x_q w_q^T * gamma * step; backward as if nothing had been rounded but with the rounded operands."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sections: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sections: tuple[int, ...], factors: tuple[float, ...]) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        scale = ternary_scale(weight, sections)
+        scale = ternary_scale(weight, sections, factors)
         w_q = ternary(weight, scale).to(dtype)
         x_q, step = quantize_activations(x)
         x_q = x_q.to(dtype)  # whole numbers up to 127 are exact in bf16 too
@@ -72,7 +79,7 @@ class _BitLinear(torch.autograd.Function):
         return y.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
         x, kept, scale = ctx.saved_tensors
         grad_x = grad_w = None
@@ -81,7 +88,7 @@ class _BitLinear(torch.autograd.Function):
             grad_x = (grad @ weight).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
             grad_w = (grad.T @ x).to(scale.dtype)
-        return grad_x, grad_w, None
+        return grad_x, grad_w, None, None
 
 
 class BitLinear(nn.Module):
@@ -90,11 +97,19 @@ class BitLinear(nn.Module):
     `sections`: output widths of the matrices that share the input (query, key, value; gate, up): each keeps
     its own gamma, the token's activation is quantised once and one matrix product serves all.
     `quantized=False` is the same map without rounding. The input is expected to be normalised (RMSNorm).
+    `factors`: by what a section's mean|W| is multiplied, where heads were pruned from its matrix.
     """
 
-    def __init__(self, inputs: int, sections: int | tuple[int, ...], quantized: bool = True) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        sections: int | tuple[int, ...],
+        quantized: bool = True,
+        factors: tuple[float, ...] = (),
+    ) -> None:
         super().__init__()
         self.sections = (sections,) if isinstance(sections, int) else tuple(sections)
+        self.factors = factors
         self.quantized = quantized
         self.keeps_scale = False  # whether a forward pass leaves its gammas behind, for what is told of the weights
         self.scale: Float[Tensor, "S"] | None = None
@@ -107,28 +122,33 @@ class BitLinear(nn.Module):
         if self.keeps_scale:
             self.scale = self.section_scales()
         flat = x.reshape(-1, x.shape[-1])
-        y = _BitLinear.apply(flat, self.weight, self.sections)
+        y = _BitLinear.apply(flat, self.weight, self.sections, self.factors)
         return y.reshape(*x.shape[:-1], -1)  # type: ignore[union-attr]
 
     def section_scales(self) -> Float[Tensor, "S"]:
         """gamma of each section of the current weight; under ZeRO-3 gather the weight first."""
-        return torch.stack(section_scales(self.weight.detach(), self.sections))
+        return torch.stack(section_scales(self.weight.detach(), self.sections, self.factors))
 
     def ternary_weight(self) -> tuple[Float[Tensor, "O I"], Float[Tensor, "O 1"]]:
         """(w_q, gamma) of the current weight; under ZeRO-3 gather the weight first."""
-        scale = ternary_scale(self.weight.detach(), self.sections)
+        scale = ternary_scale(self.weight.detach(), self.sections, self.factors)
         return ternary(self.weight.detach(), scale), scale
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm with a gain, in fp32 whatever the input's type; it stands before each BitLinear."""
+    """Root-mean-square norm with a gain, in fp32 whatever the input's type; it stands before each BitLinear.
 
-    def __init__(self, width: int) -> None:
+    `of`: what the sum of squares is divided by where some numbers are left out or always 0, as of pruned and masked
+    heads; it is then taken in fp64, so that both round alike.
+    """
+
+    def __init__(self, width: int, of: int | None = None) -> None:
         super().__init__(width, eps=EPS)
+        self.of = of
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N I"]:
-        if x.device.type == "cpu":  # where torch has no kernel for it, but one pass over memory for every operation
-            return _RMSNorm.apply(x.float(), self.weight)  # type: ignore[return-value]
+        if x.device.type == "cpu" or self.of is not None:  # torch's CPU takes a pass over memory for each operation
+            return _RMSNorm.apply(x.float(), self.weight, self.of)  # type: ignore[return-value]
         return super().forward(x.float())
 
 
@@ -136,18 +156,20 @@ class _RMSNorm(torch.autograd.Function):
     """y = x r w with r = (mean(x^2) + EPS)^-1/2; grad_x = r (g w - x r^2 mean(g w x)), grad_w = sum(g x r)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        squares = torch.linalg.vector_norm(flat, dim=-1, keepdim=True).square_()
-        root = squares.div_(x.shape[-1]).add_(EPS).rsqrt_()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, of: int | None) -> Tensor:
+        flat, count = x.reshape(-1, x.shape[-1]), of or x.shape[-1]
+        dtype = None if of is None else torch.float64
+        squares = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=dtype).square_()
+        root = squares.div_(count).add_(EPS).rsqrt_().float()
         ctx.save_for_backward(flat, root, weight)
+        ctx.count = count
         return (flat * root).mul_(weight).view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, root, weight = ctx.saved_tensors
         grad = grads[0].reshape(x.shape)
         products = grad * x
         grad_weight = products.T.mv(root[:, 0])
-        pull = products.mv(weight)[:, None].mul_(root.square()).div_(-x.shape[-1])
-        return torch.addcmul(grad * weight, x, pull).mul_(root).view(grads[0].shape), grad_weight
+        pull = products.mv(weight)[:, None].mul_(root.square()).div_(-ctx.count)
+        return torch.addcmul(grad * weight, x, pull).mul_(root).view(grads[0].shape), grad_weight, None

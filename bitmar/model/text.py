@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bitmar.batch import Packing
 from bitmar.config import ModelConfig
-from bitmar.model.attention import Positions, Shown
+from bitmar.model.attention import LayerHeads, Positions, Shown
 from bitmar.model.blocks import Block, Dropout, run_blocks
 from bitmar.model.head import TokenLosses, token_losses
 from bitmar.model.quantize import BitLinear, RMSNorm
@@ -68,7 +68,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, config.ffn_width, config.quantization, site)
+            Block(config.width, LayerHeads.of(config, "encoder", site), config.ffn_width, config.quantization, site)
             for site in range(config.encoder_layers)
         )
         self.latent_norm = RMSNorm(config.width)
@@ -94,7 +94,7 @@ class TextDecoder(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 config.width,
-                config.heads,
+                LayerHeads.of(config, "decoder", site),
                 config.ffn_width,
                 config.quantization,
                 config.encoder_layers + site,

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from bitmar.config import ModelConfig
+from bitmar.model.attention import LayerHeads
 from bitmar.model.blocks import Block, run_blocks
 from bitmar.model.quantize import BitLinear, RMSNorm
 
@@ -28,7 +29,7 @@ class VisionEncoder(nn.Module):
         self.expand = BitLinear(config.vision_hidden_size, config.vision_tokens * config.width, quantized)
         self.token_embedding = nn.Parameter(torch.empty(config.vision_tokens, config.width).normal_(std=0.5))
         self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, config.ffn_width, quantized, 1000 + site)
+            Block(config.width, LayerHeads(config.heads), config.ffn_width, quantized, 1000 + site)
             for site in range(config.vision_layers)
         )
         self.norm = RMSNorm(config.width)

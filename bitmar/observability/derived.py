@@ -44,22 +44,29 @@ def _attention(arrays: Mapping[str, np.ndarray], layout: Layout) -> dict[str, fl
         if entropy is None:
             continue
         if kind == "Memory":
-            numbers["Attention/Memory_Entropy"] = float(entropy.mean())
+            numbers["Attention/Memory_Entropy"] = _mean(entropy)
         else:
-            for layer, value in enumerate(entropy.mean(1).tolist()):
-                numbers[f"Attention/{kind}_layer_{layer}_Entropy"] = value
-        numbers[f"Attention/{kind}_Concentration"] = float(arrays[f"Attention/Heads_{kind}_Concentration"].mean())
+            for layer, heads in enumerate(entropy):
+                numbers[f"Attention/{kind}_layer_{layer}_Entropy"] = _mean(heads)
+        numbers[f"Attention/{kind}_Concentration"] = _mean(arrays[f"Attention/Heads_{kind}_Concentration"])
         first = arrays.get(f"Attention/Heads_{kind}_First_Token")
         if first is not None:
-            numbers[f"Attention/{kind}_First_Token_Mass"] = float(first.mean())
+            numbers[f"Attention/{kind}_First_Token_Mass"] = _mean(first)
         importance = arrays.get(f"Attention/Heads_{kind}_Importance")
         if importance is not None:
-            numbers[f"Attention/Head_Importance_{kind}_Mean"] = float(importance.mean())
-            numbers[f"Attention/Head_Importance_{kind}_Max"] = float(importance.max())
-            seen, dead = True, dead + float((importance < DEAD_SHARE * importance.mean()).sum())
+            mean = _mean(importance)
+            numbers[f"Attention/Head_Importance_{kind}_Mean"] = mean
+            numbers[f"Attention/Head_Importance_{kind}_Max"] = float(np.fmax.reduce(importance, axis=None))
+            seen, dead = True, dead + float((importance < DEAD_SHARE * mean).sum())
     if seen:
         numbers["Attention/Dead_Heads"] = dead
     return numbers
+
+
+def _mean(values: np.ndarray) -> float:
+    """Over the heads that there are; those that were pruned are NaN."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def _quantization(arrays: Mapping[str, np.ndarray], matrices: Iterable[str]) -> dict[str, float]:

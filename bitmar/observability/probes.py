@@ -59,8 +59,19 @@ def figures(
     parts = [_layer(heads.weights, asked, causal, keys) for heads in layers]
     scale = torch.where(tokens > 0, 1 / tokens.clamp(min=1), 0.0)
     importance = [(g.detach().abs().double() * scale[:, None]).sum(0) for g in gradients]
-    entropy, concentration, distance, first = (torch.stack(p) for p in zip(*parts, strict=True))
-    return Figures(entropy, concentration, distance, first, asked.sum(), torch.stack(importance), (tokens > 0).sum())
+    entropy, concentration, distance, first, important = (
+        torch.stack([_placed(x, heads) for x, heads in zip(column, layers, strict=True)])
+        for column in (*zip(*parts, strict=True), importance)
+    )
+    return Figures(entropy, concentration, distance, first, asked.sum(), important, (tokens > 0).sum())
+
+
+def _placed(values: Float[Tensor, "K"], heads: Heads) -> Float[Tensor, "H"]:
+    """A figure of each head under its number; NaN for those that were pruned."""
+    if len(heads.numbers) == heads.whole:
+        return values
+    whole = values.new_full((heads.whole,), torch.nan)
+    return whole.index_copy_(0, torch.tensor(heads.numbers, device=values.device), values)
 
 
 def _layer(

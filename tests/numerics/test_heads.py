@@ -12,26 +12,18 @@ from bitmar.batch import IGNORE, Batch
 from bitmar.head_names import KINDS
 from bitmar.model.attention import Heads
 from bitmar.model.bitmar import BitMar
-from bitmar.model.memory import MemoryState, write
+from bitmar.model.memory import MemoryState
 from bitmar.model.quantize import quantize_activations
 from bitmar.observability.probes import TOP_SHARE, figures, gates_of, rounding_sums
-from tests.support.batches import caption_batch, small_model
+from tests.support.batches import caption_batch, filled_memory, small_model
 
 CAUSAL = {"encoder": True, "decoder": True, "cross_modal": False, "memory": False}
-
-
-def full_memory(model: BitMar) -> MemoryState:
-    g = torch.Generator().manual_seed(3)
-    config = model.config
-    keys, values = (torch.randn(config.memory_size - 2, config.episode_dim, generator=g) for _ in range(2))
-    empty = MemoryState.empty(config.memory_size, config.episode_dim)
-    return write(empty, keys, values, [100 + i for i in range(len(keys))], 0.3, 0.5)[0]
 
 
 def unrounded() -> tuple[BitMar, Batch, MemoryState]:
     torch.manual_seed(0)
     model = BitMar(small_model(quantization=False)).eval()
-    return model, caption_batch(), full_memory(model)
+    return model, caption_batch(), filled_memory(model.config)
 
 
 def test_shown_heads_compute_what_fused_attention_does() -> None:

@@ -7,7 +7,7 @@ import torch
 from bitmar.batch import IGNORE, Batch, Packing
 from bitmar.config import ModelConfig
 from bitmar.model.bitmar import BitMar
-from bitmar.model.memory import MemoryState
+from bitmar.model.memory import MemoryState, write
 
 VOCABULARY = 97
 
@@ -116,6 +116,14 @@ def packed_captions(batch: Batch, rows: list[list[int]], length: int, slots: int
         packed=True,
         packing=Packing.of(segments.numpy(), slots),
     )
+
+
+def filled_memory(config: ModelConfig) -> MemoryState:
+    """With episodes of other images in all slots but two."""
+    g = torch.Generator().manual_seed(3)
+    keys, values = (torch.randn(config.memory_size - 2, config.episode_dim, generator=g) for _ in range(2))
+    empty = MemoryState.empty(config.memory_size, config.episode_dim)
+    return write(empty, keys, values, [100 + i for i in range(len(keys))], 0.3, 0.5)[0]
 
 
 def slice_batch(batch: Batch, start: int, stop: int) -> Batch:

@@ -68,7 +68,7 @@ bitmar.engine.zero
 bitmar.engine.step
 bitmar.engine.memory_plan
 bitmar.engine.checkpoint
-bitmar.engine.faults
+bitmar.engine.faults bitmar.loading
 bitmar.observability.schema
 bitmar.observability.stats
 bitmar.observability.features bitmar.observability.probes
@@ -93,6 +93,7 @@ bitmar.recovery
 bitmar.plan
 bitmar.rehearsal
 bitmar.train
+bitmar.analysis.surgery
 bitmar.analysis
 """
 PLACE = {name: place for place, line in enumerate(ORDER.split("\n")) for name in line.split()}
