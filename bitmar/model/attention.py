@@ -115,6 +115,7 @@ class Heads:
     """What an attention layer did in a forward pass that was asked to show it; without packed captions."""
 
     weights: Float[Tensor, "B H T S"]  # fp32, detached
+    outputs: Float[Tensor, "B H T E"]  # before gates and edits, detached
     gates: Float[Tensor, "B H"]  # 1, multiplied on each head's output: the loss's gradient by them is of the heads
     numbers: tuple[int, ...]  # of the H heads, where others were pruned
     whole: int  # heads with those
@@ -182,8 +183,8 @@ def shown_attention(
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
         weights = scores.softmax(-1)
-    told = Heads(weights.detach(), head_gates(query), heads.kept, heads.whole)
-    return shown.take(told, weights.to(value.dtype) @ value)
+    mixed = weights.to(value.dtype) @ value
+    return shown.take(Heads(weights.detach(), mixed.detach(), head_gates(query), heads.kept, heads.whole), mixed)
 
 
 def head_gates(x: Float[Tensor, "B H *D"]) -> Float[Tensor, "B H"]:

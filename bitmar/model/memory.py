@@ -315,8 +315,8 @@ class MemoryReader(nn.Module):
         found = self.output(self.output_norm(value.to(x.dtype)))
         if shown is not None:
             assert packing is None, "heads are shown of unpacked rows"
-            told = Heads(weights.detach()[:, None], head_gates(found[:, None]), (0,), 1)
-            found = shown.take(told, found[:, None])[:, 0]  # behind the norm, which would take the gate out again
+            z = found[:, None]  # behind the norm, which would take the gate out again
+            found = shown.take(Heads(weights.detach()[:, None], z.detach(), head_gates(z), (0,), 1), z)[:, 0]
         x = x + gate * (found * 0 if self.is_masked else found)  # every parameter keeps a gradient
         return x, read_mass, gate.detach(), recalled
 
