@@ -51,7 +51,8 @@ MEANINGS = {
     ),
     "rise": (
         "Rise of a head: its mean rank over the first quarter of the analysis steps (one step at least) minus its mean "
-        "rank over the last quarter. Above 0 it rose, below 0 it fell. Ranks are among the heads measured at a step."
+        "rank over the last quarter. Above 0 it rose, below 0 it fell. Ranks are here among the heads measured at all "
+        "steps of both quarters, so that no head rises because others were pruned."
     ),
     "dead": (
         f"Dead at a step: a head whose importance is below {100 * DEAD_SHARE:g} % of the mean of its kind's heads at "

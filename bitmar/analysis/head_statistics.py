@@ -37,7 +37,7 @@ class KindAnalysis:
     to_last: Float[np.ndarray, "N"]  # Spearman's rho with the last step, which has none
     layer_share: Float[np.ndarray, "N L"]  # of all importance, 0 to 1
     layer_top: Int[np.ndarray, "N L"]  # heads of the top that lie in the layer
-    early_rank: Float[np.ndarray, "P"]  # mean over the first quarter of the steps
+    early_rank: Float[np.ndarray, "P"]  # mean over the first quarter of the steps (`quarter_ranks`)
     late_rank: Float[np.ndarray, "P"]  # and over the last
     dead: Bool[np.ndarray, "N P"]
 
@@ -59,7 +59,7 @@ def analyse(kind: str, steps: Int[np.ndarray, "M"], importance: Float[np.ndarray
     x = np.where(np.isfinite(flat), flat, np.nan)[measured]
     ranks = np.array([average_ranks(row) for row in x]).reshape(x.shape)
     top = in_top(x, top_k)
-    early, late = first_and_last(ranks)
+    early, late = quarter_ranks(x)
     return KindAnalysis(
         kind=kind,
         layers=layers,
@@ -144,6 +144,17 @@ def first_and_last(values: Float[np.ndarray, "N P"]) -> tuple[Float[np.ndarray, 
         return missing, missing
     count = max(len(values) // QUARTERS, 1)
     return mean(values[:count], 0), mean(values[-count:], 0)
+
+
+def quarter_ranks(importance: Float[np.ndarray, "N P"]) -> tuple[Float[np.ndarray, "P"], Float[np.ndarray, "P"]]:
+    """Mean ranks in the first and in the last quarter, among the heads that are measured at all steps of both.
+
+    Those that are pruned on the way have none: the others would rise merely because they are gone.
+    """
+    count = max(len(importance) // QUARTERS, 1)
+    both = np.isfinite(importance[:count]).all(0) & np.isfinite(importance[-count:]).all(0)
+    kept = np.where(both, importance, np.nan)
+    return first_and_last(np.array([average_ranks(row) for row in kept]).reshape(kept.shape))
 
 
 def order_of(importance: Float[np.ndarray, "P"], keys: Float[np.ndarray, "P"]) -> list[int]:

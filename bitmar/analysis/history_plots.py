@@ -38,7 +38,7 @@ def _colour(kind: str) -> str:
 def consistency_figure(about: d.About, a: KindAnalysis) -> Figure:
     """How often each head is in the top, layer x head."""
     figure = d.new_figure(
-        about, f"Heads in the top {a.top_k}: {shown_kind(a.kind)}", 1.6 + min(0.24 * a.layers + 0.6, 6.4)
+        about, f"Heads in the top {a.top_k}: {shown_kind(a.kind)}", 1.6 + min(0.24 * a.layers + 0.6, 6.3)
     )
     axis = figure.subplots()
     share = 100 * a.consistency.reshape(a.layers, a.heads)
@@ -136,7 +136,7 @@ def movers_figure(about: d.About, analyses: Sequence[KindAnalysis]) -> Figure | 
         axis.set_yticks(rows_at, [f"{name}   {rank}" for name, rank in zip(names, ranks, strict=True)])
         axis.invert_yaxis()
         axis.axvline(0.0, color=d.GREY, linewidth=0.8)
-        axis.set_title(f"{shown_kind(a.kind)}: head, its rank of {a.layers * a.heads} early → late")
+        axis.set_title(f"{shown_kind(a.kind)}: head, its rank of {np.isfinite(a.rise).sum()} early → late")
         axis.grid(True, axis="x")
         axis.tick_params(axis="y", length=0)
         axis.xaxis.set_major_locator(MaxNLocator(7, steps=_TICKS, integer=True))

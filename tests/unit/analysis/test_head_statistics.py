@@ -108,10 +108,12 @@ def test_at_most_five_movers_are_named_the_largest_first() -> None:
     assert a.rise[0] == 19
 
 
-def test_a_pruned_head_is_no_mover() -> None:
-    a = of([3, 2, 1], [NAN, 2, 1])
-    np.testing.assert_array_equal(a.rise, [NAN, 1, 1])
-    assert movers(a) == ([1, 2], [])
+def test_no_head_rises_because_another_is_pruned() -> None:
+    a = of([4, 3, 2, 1], [9, 9, 9, 9], [NAN, 3, 1, 2])
+    np.testing.assert_array_equal(a.early_rank, [NAN, 1, 2, 3])
+    np.testing.assert_array_equal(a.late_rank, [NAN, 1, 3, 2])
+    assert movers(a) == ([3], [2])
+    np.testing.assert_array_equal(a.ranks[0], [1, 2, 3, 4])
 
 
 def test_quarters_are_a_step_at_least() -> None:
