@@ -123,19 +123,19 @@ def test_the_numbers_of_a_head_by_hand(tmp_path: Path) -> None:
 def test_a_torn_file_of_an_interrupted_run_is_named_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    analysis = a_run(tmp_path)
-    for step in (70, 80):
+    analysis = a_run(tmp_path, steps=10)
+    for step in (90, 100):
         path = analysis / f"heads_step_{step}.npz"
-        path.write_bytes(path.read_bytes()[: step * 10])
+        path.write_bytes(path.read_bytes()[:-step])
     assert main(["--analysis_dir", str(analysis), "--create_report"]) == 0
     printed = capsys.readouterr().out
-    assert "6 analysis steps, 10 to 60" in printed
-    assert "left out: 2 of 8 files: heads_step_70.npz (cut short" in printed
+    assert "8 analysis steps, 10 to 80" in printed
+    assert "left out: 2 of 10 files: heads_step_90.npz (cut short" in printed
     told, text = numbers(analysis / "reports"), page(analysis / "reports")
-    assert [left["file"] for left in told["files"]["left_out"]] == ["heads_step_70.npz", "heads_step_80.npz"]
-    assert told["files"]["read"] == 6
-    assert "2 of 8 files left out" in text
-    assert "heads\\_step\\_70.npz" in text
+    assert [left["file"] for left in told["files"]["left_out"]] == ["heads_step_90.npz", "heads_step_100.npz"]
+    assert told["files"]["read"] == 8
+    assert "2 of 10 files left out" in text
+    assert "heads\\_step\\_90.npz" in text
 
 
 def test_one_step_has_no_stability_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
