@@ -123,3 +123,5 @@ def read_npz(path: Path) -> Arrays | None:
             return dict(arrays)
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
         return None
+    except RuntimeError:  # of a bit that calls it encrypted, or packed in an unknown way
+        return None

@@ -95,6 +95,10 @@ bitmar.rehearsal
 bitmar.train
 bitmar.analysis.surgery
 bitmar.analysis
+bitmar.analysis.history bitmar.analysis.head_statistics
+bitmar.analysis.history_plots
+bitmar.analysis.head_report
+bitmar.analysis.head_page
 """
 PLACE = {name: place for place, line in enumerate(ORDER.split("\n")) for name in line.split()}
 # one file may import the package; scripts and tests are free, but for wandb only tests are
