@@ -21,7 +21,9 @@ from bitmar.model.bitmar import BitMar
 from bitmar.model.memory import MemoryState
 from bitmar.model_config import ModelConfig
 from bitmar.observability.probes import figures, gates_of
-from shards.loader import ShardSet, ValidationSet
+from shards.loader import Loader, LoaderState, ShardSet, ValidationSet
+from shards.order import PhaseSpec, Shape
+from shards.record import DataError
 
 CAUSAL = ("encoder", "decoder")
 MICRO_BATCH = 16
@@ -50,6 +52,30 @@ def held_out(shards: str | Path, samples: int, row_tokens: int) -> list[Batch]:
         world=1,
     )
     return [Batch.from_rows(rows) for rows in chosen.batches()]
+
+
+def training_captions(shards: str | Path, samples: int, row_tokens: int, seed: int) -> list[Batch]:
+    """Captions of the training split, with their images, in the order that training would take them.
+
+    Raises DataError where it holds none.
+    """
+    steps = -(-samples // MICRO_BATCH)
+    try:
+        loader = Loader(
+            ShardSet.open(str(shards)),
+            [PhaseSpec("captions", {"pairs": 1.0}, None, None, steps)],
+            seed=seed,
+            shape=Shape(MICRO_BATCH, row_tokens),
+            micro_batch=MICRO_BATCH,
+            rank=0,
+            world=1,
+        )
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{shards}: {error}") from None
+    rows = (loader.step_rows(LoaderState(0, step)) for step in range(loader.order.steps(0)))
+    return [Batch.from_rows(part) for parts in rows for part in parts]
 
 
 def existing_heads(config: ModelConfig, kinds: Sequence[str] = KINDS) -> list[HeadName]:

@@ -93,7 +93,9 @@ bitmar.recovery
 bitmar.plan
 bitmar.rehearsal
 bitmar.train
-bitmar.analysis.surgery
+bitmar.analysis.surgery bitmar.analysis.heads
+bitmar.analysis.head_types bitmar.analysis.lofit
+bitmar.analysis.patterns
 bitmar.analysis
 bitmar.analysis.history bitmar.analysis.head_statistics
 bitmar.analysis.history_plots
