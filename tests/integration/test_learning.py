@@ -9,10 +9,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from bitmar.analysis.heads import check_rankings, held_out, measure_heads, ranked
 from bitmar.config import load_config
 from bitmar.engine.world import World
+from bitmar.loading import load_trained
 from bitmar.train import train
 from tests.support.data import pairs_shards
 from tests.support.ranks import run_ranks
@@ -42,16 +45,39 @@ def run_seeds(world: World, shards: str, runs: str) -> None:
         train(load_config(Path("launch/recipes/demo.yaml"), overrides), world)
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """(folder of the runs, shards, what kind of data)"""
+    folder = tmp_path_factory.mktemp("learned")
+    shards, kind = pairs_shards(folder, vocabulary=4096, held_out=0.15)
+    print(f"learning on {kind}")
+    run_ranks(1, folder / "ranks", run_seeds, str(shards), str(folder / "runs"), threads=2)
+    return folder / "runs", shards, kind
+
+
 @pytest.mark.slow
 def test_loss_falls_on_unseen_images_and_the_right_image_helps(
-    tmp_path: Path, record_property: Callable[[str, object], None]
+    learned: tuple[Path, Path, str], record_property: Callable[[str, object], None]
 ) -> None:
-    shards, kind = pairs_shards(tmp_path, vocabulary=4096, held_out=0.15)
-    print(f"learning on {kind}")
+    runs, _, kind = learned
     record_property("data", kind)
-    run_ranks(1, tmp_path / "ranks", run_seeds, str(shards), str(tmp_path / "runs"), threads=2)
     for seed in SEEDS:
-        summary = json.loads((tmp_path / f"runs/seed{seed}/summary.json").read_text())
+        summary = json.loads((runs / f"seed{seed}/summary.json").read_text())
         print({k: summary[k] for k in ("loss_initial", "loss_final", "loss_shuffled_vision", "seconds")})
         assert summary["loss_final"] <= 0.65 * summary["loss_initial"], summary
         assert summary["loss_final"] < summary["loss_shuffled_vision"], summary
+
+
+@pytest.mark.slow
+def test_the_heads_that_the_gate_gradient_names_are_missed_most(learned: tuple[Path, Path, str]) -> None:
+    """The first tenth by gate gradient costs more than a tenth by chance (20 draws), the last tenth less."""
+    runs, shards, _ = learned
+    for seed in SEEDS:
+        trained = load_trained(runs / f"seed{seed}")
+        batches = held_out(shards, 64, 48)
+        importance = measure_heads(trained.model, trained.memory, batches).importance
+        order = ranked({kind: importance[kind] for kind in ("encoder", "decoder", "cross_modal")})
+        check = check_rankings(trained.model, trained.memory, batches, {"gate": order}, 0.1, draws=20)
+        print(check)
+        assert check.heads == 3
+        assert check.top["gate"] > np.mean(check.random) > check.bottom["gate"]

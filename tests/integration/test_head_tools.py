@@ -1,0 +1,156 @@
+"""The tools that look at the heads of a trained model, as a user runs them on a run's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from safetensors import safe_open
+
+from bitmar.analysis.heads import training_captions
+from bitmar.analysis.patterns import FIGURES, attention_of, visualize_attention
+from bitmar.config import ConfigError
+from bitmar.engine.checkpoint import checkpoint_directories
+from bitmar.engine.world import World
+from bitmar.loading import load_trained
+from bitmar.train import train
+from tests.support.ranks import run_ranks
+from tests.support.runs import run_tool, tiny_config
+
+pytestmark = pytest.mark.slow
+
+TEXT = "a dog by the sea"
+DOTS_AN_INCH = 150
+
+
+def train_briefly(world: World, folder: str, shards: str) -> None:
+    config = tiny_config(Path(folder), Path(shards), Path(folder) / "runs", "run", "training.max_steps=8")
+    train(config, world)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    """A run of 2 encoder, 2 decoder layers and a fusion layer of 2 heads each; a part of it pruned."""
+    folder = tmp_path_factory.mktemp("heads")
+    run_ranks(1, folder / "ranks", train_briefly, str(folder), str(tiny_shards))
+    done = run_tool(
+        "edit_heads.py", "--checkpoint", folder / "runs" / "run", "--prune", "L1H0", "--out", folder / "runs" / "pruned"
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "run"
+
+
+def test_patterns_of_a_text(run: Path, tmp_path: Path) -> None:
+    done = run_tool("attention_patterns.py", "--checkpoint", run, "--text", TEXT, "--name", "dog", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = [f"dog_attention_{part}.png" for part in FIGURES]
+    assert done.stdout.split() == [str(tmp_path / name) for name in names]
+    for name in names:
+        height, width, _ = imread(tmp_path / name).shape
+        assert width == 8 * DOTS_AN_INCH
+        assert height > 2 * DOTS_AN_INCH
+
+
+def test_patterns_are_the_models_attention(run: Path) -> None:
+    loaded = load_trained(checkpoint_directories(run)[0])
+    vector = np.random.default_rng(0).normal(size=768).astype(np.float32)
+    with_image, without = attention_of(loaded, TEXT, vector), attention_of(loaded, TEXT)
+    assert "".join(without.words[1:]) == TEXT
+    kinds = [layer.kind for layer in with_image.layers]
+    assert kinds == ["encoder"] * 2 + ["decoder"] * 2 + ["cross_modal", "memory"]
+    assert [layer.kind for layer in without.layers] == ["encoder"] * 2 + ["decoder"] * 2 + ["memory"]
+    length = len(without.words)
+    for layer in with_image.layers:
+        assert layer.weights.shape[1] == length
+        if layer.kind != "memory":
+            np.testing.assert_allclose(layer.weights.sum(-1), 1, rtol=1e-5)
+        if layer.kind in ("encoder", "decoder"):
+            assert (np.triu(layer.weights, 1) == 0).all(), "no token attends to a later one"
+    first = without.layers[0].weights
+    np.testing.assert_array_equal(attention_of(loaded, TEXT + " side").layers[0].weights[:, :length, :length], first)
+
+
+def test_patterns_of_other_kinds_and_of_pruned_models(run: Path, tmp_path: Path) -> None:
+    vector = np.zeros(768, np.float32)
+    for kind in ("cross_modal", "memory"):
+        paths = visualize_attention(TEXT, kind, run, vector, kind, tmp_path)
+        assert all(path.is_file() for path in paths)
+    paths = visualize_attention(TEXT, "pruned", run.parent / "pruned", out=tmp_path)
+    assert all(path.is_file() for path in paths)
+    with pytest.raises(ConfigError, match="give its vector"):
+        visualize_attention(TEXT, "none", run, attention_type="cross_modal", out=tmp_path)
+
+
+def test_lofit(run: Path, tmp_path: Path) -> None:
+    few = ("--samples", 32, "--steps", 12, "--top_k", 4)
+    done = run_tool("lofit_heads.py", "--checkpoint", run, *few, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "lofit.json").read_text())
+    assert len(told["ranking"]) == 2 * 2 + 2 * 2 + 2 + 1
+    assert told["top"] == [name for name, _ in told["ranking"][:4]]
+    assert [number for _, number in told["ranking"]] == sorted((n for _, n in told["ranking"]), reverse=True)
+    tops = {kind: np.load(tmp_path / f"top_heads_{kind}.npy", allow_pickle=False) for kind in ("encoder", "decoder")}
+    for kind, places in tops.items():
+        assert [f"{kind}.L{layer}H{head}" for layer, head in places] == [n for n in told["top"] if n.startswith(kind)]
+    with safe_open(tmp_path / "lofit.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        assert {name for name in names if name.startswith("offset.")} == {f"offset.{head}" for head in told["top"]}
+        assert sum(name.startswith("scale.") for name in names) == len(told["ranking"])
+    again = run_tool("lofit_heads.py", "--checkpoint", run, *few, "--out", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "lofit.json").read_text()) == told, again.stderr
+
+
+def test_lofit_trains_on_captions_of_the_training_split(tiny_shards: Path) -> None:
+    batches = training_captions(tiny_shards, 24, 32, seed=1)
+    assert len(batches) == 2
+    assert all(bool(batch.has_vision[batch.valid].all()) for batch in batches)
+
+
+def test_types_and_importance(run: Path, tmp_path: Path) -> None:
+    done = run_tool("head_types.py", "--checkpoint", run.parent / "pruned", "--samples", 16, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    types = json.loads((tmp_path / "head_types.json").read_text())
+    assert [head["head"] for head in types[:3]] == ["encoder.L0H0", "encoder.L0H1", "encoder.L1H1"]
+    assert types[-1]["head"] == "memory.L0H0"
+    assert all(head["type"] for head in types)
+    assert (tmp_path / "head_types.png").is_file()
+    assert "| encoder.L1H1 |" in (tmp_path / "head_types.md").read_text()
+    done = run_tool("head_importance.py", "--checkpoint", run, "--samples", 16, "--draws", 3, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "head_importance.json").read_text())
+    assert set(told["rankings"]) == {"gate gradient", "entropy"}
+    assert len(told["rankings"]["entropy"]) == 2 * 2 + 2 * 2 + 2
+    assert len(told["check"]["random"]) == 3
+    assert told["check"]["heads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "words"),
+    [
+        ("attention_patterns.py", ["--text", "", "--name", "x"], "the text has 0 tokens"),
+        ("attention_patterns.py", ["--text", "a " * 99, "--name", "x"], "1 to 31 would do"),
+        ("attention_patterns.py", ["--text", "a", "--name", "a/b"], "beginning of a file's name"),
+        ("attention_patterns.py", ["--text", "a", "--name", "x", "--vector", "none.npy"], "none.npy"),
+        ("lofit_heads.py", ["--data", "nowhere"], "nowhere"),
+        ("head_types.py", ["--data", "nowhere"], "nowhere"),
+        ("head_importance.py", ["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes(run: Path, tmp_path: Path, tool: str, arguments: list[str], words: str) -> None:
+    done = run_tool(tool, "--checkpoint", run, *arguments, "--out", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
+def test_vectors_that_do_not_fit(run: Path, tmp_path: Path) -> None:
+    for name, vector in (("wide", np.zeros(5, np.float32)), ("nan", np.full(768, np.nan, np.float32))):
+        np.save(tmp_path / f"{name}.npy", vector)
+        arguments = ("--text", TEXT, "--name", "x", "--vector", tmp_path / f"{name}.npy", "--out", tmp_path)
+        done = run_tool("attention_patterns.py", "--checkpoint", run, *arguments)
+        assert done.returncode == 2
+        assert "768 finite numbers would do" in done.stderr
