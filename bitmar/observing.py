@@ -32,7 +32,7 @@ from bitmar.observability.features import (
     similarity,
     source_consistency,
 )
-from bitmar.observability.head_analysis import analyse, without_step
+from bitmar.observability.head_analysis import without_step
 from bitmar.observability.probes import fill_heads, fill_memory, first_caption, gates_of, rounding_sums
 from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import LATENTS, LOSS_NAMES, PARTS, TERNARY, title
@@ -275,9 +275,8 @@ def hand_over(run: Run, arrays: dict[str, np.ndarray]) -> None:
         memory = {name: run.memory.tensors()[name].cpu().numpy().copy() for name in kept}
         board.take(step, arrays, memory or None)
     caption, run.watch.caption = run.watch.caption, None
-    analysis = analyse(arrays, run.config.attention_analysis, caption) if is_analysed(run) else None
-    if analysis is not None:
-        board.take_heads(step, analysis)
+    if is_analysed(run):
+        board.take_heads(step, arrays, run.config.attention_analysis, caption)
 
 
 def settle(run: Run) -> None:

@@ -280,6 +280,8 @@ def patterns_figure(about: d.About, kind: str, found: Arrays) -> Figure | None:
         picture = axis.imshow(own, vmax=most, aspect="auto", interpolation="nearest", **colours)
         axis.set_title(f"L{layer}H{head}, {importance:.2g} nats", size=11)
         axis.tick_params(length=0, labelsize=9)
+        if not own.any():  # of the memory, before it is written
+            axis.text(0.5, 0.5, "all weights are 0", ha="center", va="center", color="white", transform=axis.transAxes)
         if kind in CAUSAL:
             axis.tick_params(axis="x", labelrotation=90)
     _label_words(axes[0, 0].yaxis, words, height_in)

@@ -22,7 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bitmar.observability.head_analysis import FOLDER, Arrays, HeadAnalysis, remove_after
+from bitmar.observability.head_analysis import FOLDER, Arrays, HeadAnalysis, analyse, remove_after
+from bitmar.observability.probes import Caption
+from bitmar.watch_config import AttentionAnalysisConfig
 
 WAIT_S = 120.0  # for the last pictures, when a run ends
 DRAW_S = 600.0  # for all of them while it goes on: the drawing process gets what training leaves of the cores
@@ -106,9 +108,9 @@ class Board:
         """What a log tells beside its numbers, for pictures."""
         self._put_picture(lambda: self._write(step, arrays, memory))
 
-    def take_heads(self, step: int, analysis: HeadAnalysis) -> None:
-        """What attention heads do at a step."""
-        self._work.put(lambda: self._write_heads(step, analysis))
+    def take_heads(self, step: int, arrays: Arrays, config: AttentionAnalysisConfig, caption: Caption | None) -> None:
+        """What a log tells of attention heads, and what they attend to in a caption, where that is kept."""
+        self._work.put(lambda: self._write_heads(step, analyse(arrays, config, caption)))
 
     def go_back(self, step: int) -> None:
         """Forget what attention_analysis/ has of steps later than `step`, which are trained again."""
@@ -178,7 +180,9 @@ class Board:
             record = {"step": np.array(step), "matrices": np.array(self._matrices), **names}
             self._append("quantization", record)
 
-    def _write_heads(self, step: int, analysis: HeadAnalysis) -> None:
+    def _write_heads(self, step: int, analysis: HeadAnalysis | None) -> None:
+        if analysis is None:
+            return
         self._analysis.mkdir(exist_ok=True)
         for name, values in analysis.files(step, self._decode):
             self._replace(self._analysis / name, values)

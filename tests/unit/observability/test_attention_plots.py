@@ -181,7 +181,9 @@ def test_patterns_without_a_number_are_no_picture() -> None:
     assert patterns_figure(ABOUT, "memory", {**found, "words": found["words"][:2]}) is None
     assert patterns_figure(ABOUT, "memory", {**found, "weights": found["weights"] * np.nan}) is None
     empty = {**found, "weights": found["weights"] * 0}  # nothing is written yet
-    assert patterns_figure(ABOUT, "memory", empty) is not None
+    figure = patterns_figure(ABOUT, "memory", empty)
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[0].texts] == ["all weights are 0"]
 
 
 def test_logs_of_another_shape_are_left_out_of_the_timeline() -> None:

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from bitmar.head_names import HeadName
 from bitmar.observability import board
 from bitmar.observability.board import Board, append, cut_torn, read_records
-from bitmar.observability.head_analysis import HeadAnalysis, top_heads
-from bitmar.observability.probes import KINDS
+from bitmar.observability.probes import Caption
+from bitmar.watch_config import AttentionAnalysisConfig
 from tests.support.picture_runs import PICTURES, Size, head_pictures, write_run
-
-PATTERNS = ("head_patterns", "npz")
 
 
 def steps(path: Path) -> list[int]:
@@ -135,29 +135,28 @@ def test_a_drawing_that_outlasts_the_run_is_told(tmp_path: Path, monkeypatch: py
     assert "not ready" in problem
 
 
-def analysis(*kinds: str) -> HeadAnalysis:
-    rng = np.random.default_rng(0)
-    figures = {f"{KINDS[kind]}_Importance": rng.random((2, 3)) for kind in kinds}
-    top = {kind: top_heads(figures[f"{KINDS[kind]}_Importance"], 4) for kind in kinds}
-    return HeadAnalysis(figures, top, {kind: np.ones((4, 2, 5), np.float32) for kind in kinds}, np.array([7, 8]))
-
-
 def test_heads_are_written_without_pictures_too(tmp_path: Path) -> None:
     taken = Board(tmp_path, "t{}".format, (), makes_pictures=False)
     taken.take(5, {}, {"usage": np.arange(5.0)})
     taken.take_captions(5, np.ones((1, 2), np.int64), np.ones((1, 2, 3)))
     taken.take_latents(5, {"text": np.ones((2, 2))})
-    taken.take_heads(5, analysis("encoder", "memory"))
+    importance = np.array([[1.0, 3.0, 2.0]])
+    weights = {HeadName("encoder", 0, head): torch.full((2, 2), 1.0 + head) for head in range(3)}
+    caption = Caption(torch.tensor([7, 8]), weights)
+    config = AttentionAnalysisConfig(track_top_k=2)
+    taken.take_heads(4, {}, config, None)  # a log without a pass
+    taken.take_heads(5, {"Attention/Heads_Encoder_Importance": importance}, config, caption)
     taken.draw(5)
     taken.close()
     assert (list(taken.pictures()), list(taken.problems())) == ([], [])
     assert [path.name for path in tmp_path.iterdir()] == ["attention_analysis"]
     found = {path.name: np.load(path, allow_pickle=False) for path in (tmp_path / "attention_analysis").iterdir()}
-    kinds = ("encoder", "memory")
-    names = {f"{what}_{kind}_step_5.{end}" for kind in kinds for what, end in (("top_heads", "npy"), PATTERNS)}
-    assert found.keys() == names | {"heads_step_5.npz"}
-    assert found["head_patterns_memory_step_5.npz"]["words"].tolist() == ["t7", "t8"]
-    np.testing.assert_array_equal(found["top_heads_encoder_step_5.npy"], analysis("encoder").top["encoder"])
+    top, patterns = "top_heads_encoder_step_5.npy", "head_patterns_encoder_step_5.npz"
+    assert found.keys() == {"heads_step_5.npz", top, patterns}
+    assert found["heads_step_5.npz"]["Encoder_Importance"].tolist() == importance.tolist()
+    assert found[top].tolist() == [[0, 1], [0, 2]]
+    assert found[patterns]["words"].tolist() == ["t7", "t8"]
+    assert found[patterns]["weights"][:, 0, 0].tolist() == [2.0, 3.0]
 
 
 def test_what_an_earlier_start_left_of_later_steps_is_removed(tmp_path: Path) -> None:
