@@ -121,7 +121,7 @@ def assemble(
         milestones=await_milestones(config, progress),
         sinks=sinks,
         held_out=held_out,
-        watch=open_watch(config, shards, engine, (parameters, sizes), world, files=not dry_run),
+        watch=open_watch(config, shards, engine, (parameters, sizes), world, progress.step, files=not dry_run),
         window=Window.of(len(shards.source_names)),
         counted=torch.zeros(2, dtype=torch.int64, device=world.device),
         saved_at=progress.step or -1,

@@ -23,6 +23,7 @@ from bitmar.engine.census import HISTOGRAM_EDGES, Census, rounded_layers
 from bitmar.engine.step import Latents, StepResult
 from bitmar.model.flops import Work, training_flops
 from bitmar.model.memory import MemoryState
+from bitmar.observability.board import PICTURE_FOLDERS
 from bitmar.observability.derived import derive
 from bitmar.observability.features import (
     effective_rank,
@@ -31,7 +32,8 @@ from bitmar.observability.features import (
     similarity,
     source_consistency,
 )
-from bitmar.observability.probes import fill_heads, fill_memory, gates_of, rounding_sums
+from bitmar.observability.head_analysis import without_step
+from bitmar.observability.probes import fill_heads, fill_memory, first_caption, gates_of, rounding_sums
 from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import LATENTS, LOSS_NAMES, PARTS, TERNARY, title
 from bitmar.observability.stats import Statistics
@@ -52,9 +54,16 @@ def is_log_due(run: Run, step: int) -> bool:
     """After `step`, whatever else asks for one."""
     config = run.config.wandb
     intervals = [config.log_every_n_steps]
-    intervals += [config.attention_log_interval] if run.watch.probes.heads else []
+    if run.watch.probes.heads:
+        intervals += [config.attention_log_interval, run.config.attention_analysis.log_every_n_steps]
     intervals += [config.pca_log_interval] if run.watch.probes.latents else []
     return step == run.last_step or any(step % interval == 0 for interval in intervals)
+
+
+def is_analysed(run: Run) -> bool:
+    """Whether attention_analysis/ tells of the step just done."""
+    every = run.config.attention_analysis.log_every_n_steps
+    return bool(run.watch.probes.heads) and run.progress.step % every == 0
 
 
 def observe(run: Run, rows: list[Rows], result: StepResult) -> None:
@@ -252,11 +261,22 @@ def log(run: Run) -> None:
         for name, counts in reduced.arrays.items():
             if "/Histogram_" in name:
                 run.sinks.histogram(run.progress.step, name, counts.tolist(), HISTOGRAM_EDGES.tolist())
-        if run.watch.board is not None:
-            kept = ("usage", "age", "written", "image_ids") if config.log_memory else ()
-            memory = {name: run.memory.tensors()[name].cpu().numpy().copy() for name in kept}
-            run.watch.board.take(run.progress.step, reduced.arrays, memory or None)
+        hand_over(run, reduced.arrays)
     run.watch.clock.mark("Logging")
+
+
+def hand_over(run: Run, arrays: dict[str, np.ndarray]) -> None:
+    """Give the board what a log tells beside its numbers."""
+    board, step = run.watch.board, run.progress.step
+    if board is None:
+        return
+    if board.makes_pictures:
+        kept = ("usage", "age", "written", "image_ids") if run.config.wandb.log_memory else ()
+        memory = {name: run.memory.tensors()[name].cpu().numpy().copy() for name in kept}
+        board.take(step, arrays, memory or None)
+    caption, run.watch.caption = run.watch.caption, None
+    if is_analysed(run):
+        board.take_heads(step, arrays, run.config.attention_analysis, caption)
 
 
 def settle(run: Run) -> None:
@@ -282,7 +302,7 @@ def probe(run: Run) -> None:
     """Pass the probe set through the model where its cadence asks for it, just before the log that tells of it."""
     step, config = run.progress.step, run.config.wandb
     run.guard.beat("probing", step)
-    if config.log_attention and step % config.attention_log_interval == 0:
+    if config.log_attention and (step % config.attention_log_interval == 0 or is_analysed(run)):
         for number, batch in enumerate(run.watch.probes.heads):
             pass_heads(run, batch, shown=number == 0)
     if config.log_features and step % config.pca_log_interval == 0 and run.watch.probes.latents:
@@ -293,8 +313,8 @@ def pass_heads(run: Run, batch: Batch, shown: bool = False) -> None:
     """What the heads, the memory and the rounded activations of the probe set do; the gates' gradients alone are taken,
     by torch.autograd.grad: a backward pass would reach the engine's own gradients.
 
-    `shown`: in the picture of captions."""
-    s, written = run.watch.statistics, run.memory.written
+    `shown`: its first captions are, in pictures and patterns."""
+    s, board, written = run.watch.statistics, run.watch.board, run.memory.written
     with run.engine.frozen(), RoundingWatch(run, batch):
         outputs = run.engine.forward(batch, run.memory, heads=True)
         gradients = torch.autograd.grad(outputs.loss, gates_of(outputs.heads))
@@ -302,10 +322,15 @@ def pass_heads(run: Run, batch: Batch, shown: bool = False) -> None:
     read = outputs.heads["memory"][0].weights[:, 0]
     if run.config.wandb.log_memory:
         fill_memory(s, read, run.memory.values, written, batch.token_mask & batch.has_vision[:, None])
-    if shown and run.watch.board is not None and run.config.wandb.log_attention_maps:
+    if not shown or board is None:
+        return
+    analysis = run.config.attention_analysis
+    if analysis.save_head_patterns and is_analysed(run):
+        run.watch.caption = first_caption(outputs.heads, batch, analysis.kinds)
+    if board.makes_pictures and run.config.wandb.log_attention_maps:
         seen = outputs.heads["cross_modal"][-1].weights.mean(1)[:SHOWN_CAPTIONS]
         tokens = batch.tokens[:SHOWN_CAPTIONS] * batch.token_mask[:SHOWN_CAPTIONS]
-        run.watch.board.take_captions(run.progress.step, tokens.cpu().numpy(), seen.float().cpu().numpy())
+        board.take_captions(run.progress.step, tokens.cpu().numpy(), seen.float().cpu().numpy())
 
 
 class RoundingWatch:
@@ -373,16 +398,17 @@ def gather_latents(run: Run) -> None:
     mse, l1 = reconstruction(episodes, vectors)
     s.same("Features/Vision_Reconstruction_MSE", mse)
     s.same("Features/Vision_Reconstruction_L1", l1)
-    if run.watch.board is not None and run.config.wandb.log_feature_pca:
+    board = run.watch.board
+    if board is not None and board.makes_pictures and run.config.wandb.log_feature_pca:
         values = {"sources": sources.cpu().numpy(), "names": np.array(run.watch.layout.sources)}
         for name, latents in (("text", text), ("vision", vision)):
             plane, shares = principal_plane(latents)
             values |= {name: plane.cpu().numpy(), f"{name}_shares": shares.cpu().numpy()}
-        run.watch.board.take_latents(run.progress.step, values)
+        board.take_latents(run.progress.step, values)
 
 
 def draw(run: Run, state: LoaderState) -> None:
-    """Have pictures made after the last step of an epoch whose number the recipe names, and show those made.
+    """Have pictures made after the last step of an epoch whose number the recipe names for them, and show those made.
 
     `state`: of the step just done. Those of the run's last step are made once it is validated, by train.finish.
     """
@@ -390,9 +416,10 @@ def draw(run: Run, state: LoaderState) -> None:
         return
     a_step = run.loader.order.epochs(state.phase) / run.lengths[state.phase]
     before, after = (math.floor(n * a_step + 1e-9) for n in (state.position, state.position + 1))
-    every = run.config.wandb.plot_every_n_epochs
-    if after // every > before // every and run.progress.step < run.last_step:
-        run.watch.board.draw(run.progress.step)
+    cadences = run.config.wandb.plot_every_n_epochs, run.config.attention_analysis.viz_every_n_epochs
+    due = [name for name, every in zip(PICTURE_FOLDERS, cadences, strict=True) if after // every > before // every]
+    if due and run.progress.step < run.last_step:
+        run.watch.board.draw(run.progress.step, due)
     show_pictures(run)
 
 
@@ -401,7 +428,7 @@ def show_pictures(run: Run) -> None:
     if run.watch.board is None:
         return
     for step, path in run.watch.board.pictures():
-        run.sinks.image(step, f"Plots/{path.stem}", path)
+        run.sinks.image(step, f"Plots/{without_step(path)}", path)
     for problem in run.watch.board.problems():
         run.sinks.event("warning", message=problem)
 

@@ -106,6 +106,8 @@ def go_back(run: Run, left_out: list[int]) -> bool:
     cut = run.sinks.truncate_after(run.progress.step)
     if run.world.is_first:
         run.watch.history = History.read(run.config.run_directory)
+    if run.watch.board is not None:
+        run.watch.board.go_back(run.progress.step)
     steps = [step + 1 for step in left_out]
     run.sinks.event("went_back", step=run.progress.step, steps_left_out=steps, lines_cut=cut)
     return True

@@ -17,6 +17,7 @@ from bitmar.model.bitmar import Sizes
 from bitmar.model.flops import Work
 from bitmar.observability.board import Board
 from bitmar.observability.derived import History
+from bitmar.observability.probes import Caption
 from bitmar.observability.schema import Cadence, Layout, schema_of, select
 from bitmar.observability.stats import Statistics
 from bitmar.observability.system import SystemProbe, peak_tflops
@@ -56,7 +57,7 @@ class Probes:
 
 @dataclass
 class Watch:
-    """Assembled once; `statistics` and `history` change as the run goes."""
+    """Assembled once; `statistics`, `history` and `caption` change as the run goes."""
 
     layout: Layout
     statistics: Statistics
@@ -68,6 +69,7 @@ class Watch:
     peak_tflops: float | None  # of one rank's device, where it is known
     history: History
     board: Board | None  # of rank 0
+    caption: Caption | None = None  # of the pass that the next log tells of, where its top heads' patterns are kept
 
 
 def open_watch(
@@ -76,9 +78,11 @@ def open_watch(
     engine: ZeroEngine,
     model: tuple[dict[str, int], Sizes],
     world: World,
+    step: int,
     files: bool,
 ) -> Watch:
-    """`model`: its parameters by component, and its sizes; `files`: whether rank 0 may write."""
+    """`model`: its parameters by component, and its sizes; `step`: where the run goes on; `files`: whether rank 0 may
+    write."""
     matrices = tuple(matrix.name for matrix in engine.matrices)
     begins = [local_rank == 0 for local_rank in world.gather_objects(world.local_rank)]  # nodes may have unequal ranks
     nodes, node = sum(begins), sum(begins[: world.rank + 1]) - 1
@@ -86,7 +90,9 @@ def open_watch(
     layout = Layout(config.model, world.size, nodes, shards.source_names, matrices, bins)
     cadences = (Cadence.START, Cadence.STEP, Cadence.ATTENTION, Cadence.LATENTS)
     directory, wandb = config.run_directory, config.wandb
-    pictures = files and world.is_first and wandb.create_plots
+    board = None
+    if files and world.is_first:
+        board = Board(directory, token_texts(shards.tokenizer), matrices, step, wandb.create_plots)
     return Watch(
         layout,
         Statistics(select(schema_of(layout), *cadences), world.device),
@@ -96,7 +102,7 @@ def open_watch(
         SystemProbe(directory, world.device, node),
         wandb.device_tflops or peak_tflops(world.device, engine.module.compute_dtype),
         History.read(directory) if world.is_first else History(),
-        Board(directory, token_texts(shards.tokenizer), matrices) if pictures else None,
+        board,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitmar.config_checks import positive, require
+from bitmar.head_names import KINDS
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,21 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class AttentionAnalysisConfig:
-    """What RUN/attention_analysis/ gets while a run goes on: figures of every head of the probe set."""
+    """What RUN/attention_analysis/ gets while a run goes on, from what the heads do on the probe set
+    (bitmar/observability/head_analysis.py)."""
 
     track_top_k: int = 10  # heads of each kind of attention in top_heads_*, and whose patterns are drawn
     log_every_n_steps: int = 100  # steps between two analyses; wandb.log_attention: false makes none
     viz_every_n_epochs: int = 1  # epochs of a phase's sources between two drawings; the last step is drawn in any case
     save_head_patterns: bool = False  # what the top heads attend to in the first probe caption
-    analyze_memory_attention: bool = True
-    analyze_cross_modal: bool = True
+    analyze_memory_attention: bool = True  # False: not in these files; metrics of it stay
+    analyze_cross_modal: bool = True  # the same
 
     def __post_init__(self) -> None:
         positive("attention_analysis", self, "track_top_k", "log_every_n_steps", "viz_every_n_epochs")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of attention that are analysed."""
+        asked = {"memory": self.analyze_memory_attention, "cross_modal": self.analyze_cross_modal}
+        return tuple(kind for kind in KINDS if asked.get(kind, True))

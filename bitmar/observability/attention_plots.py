@@ -1,4 +1,7 @@
-"""Pictures of attention: what heads look at, which matter, what words look at in an image. L layers, H heads."""
+"""Pictures of attention: what heads look at, which matter, what words look at in an image.
+
+Shapes: L layers, H heads, T words, S what these attend to, P vision tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
@@ -13,11 +17,18 @@ from matplotlib.ticker import MaxNLocator
 from bitmar.observability import drawing as d
 from bitmar.observability.board import Arrays
 from bitmar.observability.derived import DEAD_SHARE
+from bitmar.observability.head_analysis import top_heads
+from bitmar.observability.probes import CAUSAL
+from bitmar.observability.probes import KINDS as TITLES
 
 KINDS = tuple(d.KIND_COLOURS)
 _TOP = 5  # heads that the timeline names
 _CAPTIONS, _WORDS = 4, 30  # that fit into a picture
 _WORD_LETTERS = 12
+_PATTERNS, _PATTERN_COLUMNS = 12, 3  # of heads in a picture
+_NAMED_COLUMNS, _NAMED_ROW_IN = 12, 0.22  # most heads a row, and least height of one, that leave room for names
+_NUMBERED_COLUMNS = 6  # and for numbers
+_LABEL_IN = 0.15  # height of a word
 
 
 def of_kinds(heads: Arrays, figure: str) -> dict[str, np.ndarray]:
@@ -88,28 +99,74 @@ def importance_figure(about: d.About, heads: Arrays) -> Figure | None:
     figure = d.new_figure(about, "Importance of attention heads", 1.5 + sum(rows) + 0.85 * len(rows))
     axes = figure.subplots(len(found), 2, squeeze=False, height_ratios=[row + 0.5 for row in rows])
     for pair, (kind, importance) in zip(axes, found.items(), strict=True):
-        top = float(np.nanmax(np.where(np.isfinite(importance), importance, np.nan)))
-        top = top if top > 0 else 1.0
-        dead = importance < DEAD_SHARE * np.nanmean(importance)
-        picture = _heat(pair[0], importance, top)
-        _heat(pair[1], sorted_heads(importance), top)
-        layers, heads_dead = np.nonzero(dead)
-        pair[0].scatter(heads_dead, layers, marker="x", color="white", s=22, linewidths=1.4)
-        pair[0].set_title(d.kind_name(kind) + (f": {dead.sum()} dead (x)" if dead.any() else ""))
+        picture = _raw_heat(pair[0], importance, d.kind_name(kind))
+        _heat(pair[1], sorted_heads(importance))
         pair[1].set_title("sorted in each layer")
-        pair[0].set_ylabel("layer")
-        bar = figure.colorbar(picture, ax=list(pair), label="nats", aspect=12, pad=0.02)
-        bar.locator = MaxNLocator(4)
-        bar.update_ticks()
+        _importance_bar(figure, picture, list(pair))
     axes[-1, 0].set_xlabel("head")
     axes[-1, 1].set_xlabel("rank in the layer")
     return figure
 
 
-def _heat(axis: Axes, values: np.ndarray, top: float) -> AxesImage:
-    picture = axis.imshow(
-        np.ma.masked_invalid(values), cmap="viridis", vmin=0.0, vmax=top, aspect="auto", interpolation="nearest"
-    )
+@d.styled
+def heads_figure(about: d.About, heads: Arrays, kind: str) -> Figure | None:
+    """Importance of the heads of one kind, layer x head, and below it those of all layers by rank, row by row. None:
+    nothing to show."""
+    importance = of_kinds(heads, "Importance").get(TITLES[kind])
+    if importance is None:
+        return None
+    layers, count = importance.shape
+    height_in = min(max(0.32 * layers, 0.7), 3.2)
+    figure = d.new_figure(about, f"Importance of {_heads_of(kind)}", 2.5 + 2 * height_in)
+    raw, ranked = figure.subplots(2, 1)
+    picture = _raw_heat(raw, importance, "Layer by head")
+    raw.set_xlabel("head")
+    order = top_heads(importance, importance.size)
+    values = np.full(importance.size, np.nan)
+    values[: len(order)] = importance[tuple(order.T)]
+    _heat(ranked, values.reshape(layers, count))
+    ranked.set_title("All heads by rank, row by row")
+    ranked.set_xticks([])
+    firsts = d.every(layers, 8) * count + 1
+    spans = [f"{first}\N{EN DASH}{first + count - 1}" if count > 1 else f"{first}" for first in firsts]
+    ranked.set_yticks(d.every(layers, 8), spans)
+    ranked.set_ylabel("rank")
+    if count <= _NAMED_COLUMNS and height_in / layers >= _NAMED_ROW_IN:
+        for rank, (layer, head) in enumerate(order.tolist()):
+            colour = "black" if values[rank] > 0.6 * values[0] else "white"
+            number = f": {values[rank]:.2g}" if count <= _NUMBERED_COLUMNS else ""
+            text, place = f"L{layer}H{head}{number}", (rank % count, rank // count)
+            ranked.annotate(text, place, ha="center", va="center", color=colour, size=9 if count <= 8 else 8)
+    _importance_bar(figure, picture, [raw, ranked])
+    return figure
+
+
+def _heads_of(kind: str) -> str:
+    return f"{d.kind_name(TITLES[kind]).lower()} attention heads"
+
+
+def _raw_heat(axis: Axes, importance: np.ndarray, heading: str) -> AxesImage:
+    """Layer x head, dead heads crossed."""
+    dead = importance < DEAD_SHARE * np.nanmean(importance)
+    picture = _heat(axis, importance)
+    layers, heads = np.nonzero(dead)
+    axis.scatter(heads, layers, marker="x", color="white", s=22, linewidths=1.4)
+    axis.set_title(heading + (f": {dead.sum()} dead (x)" if dead.any() else ""))
+    axis.set_ylabel("layer")
+    return picture
+
+
+def _importance_bar(figure: Figure, picture: AxesImage, axes: list[Axes]) -> None:
+    bar = figure.colorbar(picture, ax=axes, label="nats", aspect=12, pad=0.02)
+    bar.locator = MaxNLocator(4)
+    bar.update_ticks()
+
+
+def _heat(axis: Axes, values: np.ndarray) -> AxesImage:
+    finite = values[np.isfinite(values)]
+    top = finite.max() if finite.size and finite.max() > 0 else 1.0
+    shown = np.ma.masked_invalid(values)
+    picture = axis.imshow(shown, cmap="viridis", vmin=0.0, vmax=top, aspect="auto", interpolation="nearest")
     axis.set_xticks(d.every(values.shape[1], 12))
     axis.set_yticks(d.every(values.shape[0], 8))
     return picture
@@ -125,15 +182,16 @@ def timeline_figure(about: d.About, logs: Sequence[Arrays]) -> Figure | None:
     axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     for axis, kind in zip(axes, kinds, strict=True):
         steps, values = importance_over_time(logs, kind)
-        ranks = np.argsort(-np.nan_to_num(values[-1], nan=-np.inf).ravel(), kind="stable")
-        lines, heads = values.reshape(len(steps), -1), values.shape[2]
+        named = top_heads(values[-1], _TOP).tolist()
         marker = "o" if len(steps) < 30 else ""
-        for place in ranks[_TOP:]:
-            axis.plot(steps, lines[:, place], color="#bbbbbb", linewidth=0.8, marker=marker, markersize=2)
-        for order, place in enumerate(ranks[:_TOP]):
-            name, sign = f"L{place // heads}H{place % heads}", d.MARKERS[order] if marker else ""
-            axis.plot(steps, lines[:, place], color=d.CYCLE[order], label=name, marker=sign)
-        chosen = f": top {_TOP} of {lines.shape[1]} at the last log" if len(ranks) > _TOP else ""
+        for layer, head in np.ndindex(values.shape[1:]):
+            if [layer, head] not in named:
+                axis.plot(steps, values[:, layer, head], color="#bbbbbb", linewidth=0.8, marker=marker, markersize=2)
+        for order, (layer, head) in enumerate(named):
+            sign = d.MARKERS[order] if marker else ""
+            axis.plot(steps, values[:, layer, head], color=d.CYCLE[order], label=f"L{layer}H{head}", marker=sign)
+        heads = int(np.isfinite(values[-1]).sum())
+        chosen = f": top {_TOP} of {heads} at the last analysis" if heads > _TOP else ""
         axis.set_title(d.kind_name(kind) + chosen)
         axis.set_ylabel("nats")
         axis.set_ylim(0.0, axis.dataLim.y1 * 1.08 or 1.0)
@@ -197,3 +255,52 @@ def cross_modal_figure(about: d.About, words: np.ndarray, weights: np.ndarray) -
         bar = figure.colorbar(picture, ax=axes, location="bottom", aspect=50, pad=0.01, fraction=0.02)
         bar.set_label("attention weight, mean over heads")
     return figure
+
+
+@d.styled
+def patterns_figure(about: d.About, kind: str, found: Arrays) -> Figure | None:
+    """What the top heads of one kind attend to in a caption, a map a head: `found` as head_patterns_*.npz has it,
+    weights [k, T, S]. None: no head, or no finite weight."""
+    heads, weights, words = found["heads"], found["weights"], word_labels(list(found["words"]))
+    if weights.shape[:2] != (len(heads), len(words)) or not np.isfinite(weights).any():
+        return None
+    shown = min(len(heads), _PATTERNS)
+    columns = 2 if shown == 4 else min(shown, _PATTERN_COLUMNS)
+    rows, width_in = -(-shown // columns), 6.0 / columns
+    height_in = min(max(_LABEL_IN * len(words), 1.3), 2.3)
+    part = f", {shown} of {len(heads)}" if shown < len(heads) else ""
+    heading = f"What the top {_heads_of(kind)} attend to{part}"
+    figure = d.new_figure(about, heading, 2.3 + rows * (height_in + 0.35))
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    seen = np.ma.masked_invalid(weights)
+    most, signed = float(np.abs(seen).max()) or 1.0, bool((seen < 0).any())  # least squares: of either sign
+    colours = {"cmap": "RdBu_r", "vmin": -most} if signed else {"cmap": "viridis", "vmin": 0.0}
+    picture = None
+    for axis, (layer, head), own, importance in zip(axes.ravel(), heads, seen, found["importance"], strict=False):
+        picture = axis.imshow(own, vmax=most, aspect="auto", interpolation="nearest", **colours)
+        axis.set_title(f"L{layer}H{head}, {importance:.2g} nats", size=11)
+        axis.tick_params(length=0, labelsize=9)
+        if not own.any():  # of the memory, before it is written
+            axis.text(0.5, 0.5, "all weights are 0", ha="center", va="center", color="white", transform=axis.transAxes)
+        if kind in CAUSAL:
+            axis.tick_params(axis="x", labelrotation=90)
+    _label_words(axes[0, 0].yaxis, words, height_in)
+    if kind in CAUSAL:
+        _label_words(axes[0, 0].xaxis, words, width_in)
+    else:
+        axes[0, 0].set_xticks(d.every(weights.shape[2], 8 if columns > 1 else 16))
+    for axis in axes.ravel()[shown:]:
+        axis.set_axis_off()
+    for axis in axes.ravel()[:shown][-columns:]:  # the last of each column, which may stand above an empty place
+        axis.xaxis.set_tick_params(labelbottom=True)
+    figure.supxlabel({"cross_modal": "vision token", "memory": "memory slot"}.get(kind, "word attended to"), size=11)
+    figure.supylabel("word that attends", size=11)
+    if picture is not None:
+        figure.colorbar(picture, ax=axes, label="attention weight", aspect=30, pad=0.02)
+    return figure
+
+
+def _label_words(axis: Axis, words: Sequence[str], room_in: float) -> None:
+    """As many words as there is room for, evenly taken."""
+    places = d.every(len(words), int(room_in / _LABEL_IN))
+    axis.set_ticks(places, [words[int(place)] for place in places])

@@ -1,11 +1,13 @@
-"""Arrays on their way to pictures: written to the run's folder by a thread, drawn by a process of its own.
+"""Arrays on their way to the run's folder and to pictures: written by a thread, drawn by a process of its own.
 
 The training thread hands over small arrays and goes on. What lies in the folder is all that the drawing process
 (bitmar/observability/plots.py) gets, so that pictures can be made again at any time:
 
     plots/data/memory.npys, quantization.npys    records one after the other (`append`), one a log
     plots/data/latents.npz, cross_modal.npz       the last of their kind
-    attention_analysis/heads_step_STEP.npz        figures of each head at a step
+    attention_analysis/                           of the heads, see bitmar/observability/head_analysis.py
+
+Without pictures only attention_analysis/ is written.
 """
 
 from __future__ import annotations
@@ -15,15 +17,19 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from bitmar.observability.head_analysis import FOLDER, Arrays, HeadAnalysis, analyse, remove_after
+from bitmar.observability.probes import Caption
+from bitmar.watch_config import AttentionAnalysisConfig
+
 WAIT_S = 120.0  # for the last pictures, when a run ends
 DRAW_S = 600.0  # for all of them while it goes on: the drawing process gets what training leaves of the cores
 STOP_S = 5.0  # for what the thread still holds, when a run ends before its end
-Arrays = dict[str, np.ndarray]
+PICTURE_FOLDERS = ("plots", FOLDER)  # in the run's, each drawn at a cadence of its own
 
 
 def append(path: Path, record: Mapping[str, np.ndarray]) -> None:
@@ -71,42 +77,68 @@ def _next(file: object) -> Arrays | None:
 class Board:
     """Takes arrays from the training thread of rank 0."""
 
-    def __init__(self, run_dir: Path, decode: Callable[[int], str], matrices: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        decode: Callable[[int], str],
+        matrices: tuple[str, ...],
+        step: int = 0,
+        makes_pictures: bool = True,
+    ) -> None:
+        """`step`: where the run goes on. Where an earlier start had gone further, what it left of later steps in
+        attention_analysis/ is removed, so that it is not taken for this run's."""
+        self.makes_pictures = makes_pictures
         self._run_dir = run_dir.resolve()  # the drawing process has another working directory
         self._decode, self._matrices = decode, matrices
-        self._data, self._analysis = self._run_dir / "plots" / "data", self._run_dir / "attention_analysis"
+        self._data, self._analysis = self._run_dir / "plots" / "data", self._run_dir / FOLDER
         self._wishes = 0
+        self._last_wish: dict[str, int] = {}  # for a folder
         self._drawer: subprocess.Popen[str] | None = None
         self._stopped = False
         self._mended: set[Path] = set()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._drawn: queue.SimpleQueue[tuple[int, Path]] = queue.SimpleQueue()
         self._problems: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._showing = threading.Lock()
+        self.go_back(step)
         self._thread = threading.Thread(target=self._serve, name="board", daemon=True)
         self._thread.start()
 
     def take(self, step: int, arrays: Arrays, memory: Arrays | None) -> None:
-        """What a log tells beside its numbers."""
-        self._work.put(lambda: self._write(step, arrays, memory))
+        """What a log tells beside its numbers, for pictures."""
+        self._put_picture(lambda: self._write(step, arrays, memory))
+
+    def take_heads(self, step: int, arrays: Arrays, config: AttentionAnalysisConfig, caption: Caption | None) -> None:
+        """What a log tells of attention heads, and what they attend to in a caption, where that is kept."""
+        self._work.put(lambda: self._write_heads(step, analyse(arrays, config, caption)))
+
+    def go_back(self, step: int) -> None:
+        """Forget what attention_analysis/ has of steps later than `step`, which are trained again."""
+        self._work.put(lambda: self._remove_after(step))
 
     def take_captions(self, step: int, tokens: np.ndarray, weights: np.ndarray) -> None:
         """Cross-modal attention of probe captions: tokens int [N, T] (0 is padding), weights [N, T, P]."""
-        self._work.put(lambda: self._write_captions(step, tokens, weights))
+        self._put_picture(lambda: self._write_captions(step, tokens, weights))
 
     def take_latents(self, step: int, values: Arrays) -> None:
         """Coordinates of latents in two dimensions, with the sources they are of."""
-        self._work.put(lambda: self._write_last("latents", {"step": np.array(step), **values}))
+        self._put_picture(lambda: self._write_last("latents", {"step": np.array(step), **values}))
 
-    def draw(self, step: int) -> None:
-        """Have all pictures made from what has been taken. While one drawing goes on, only the last wish is kept."""
+    def draw(self, step: int, folders: Sequence[str] = PICTURE_FOLDERS) -> None:
+        """Have the pictures of some folders made from what has been taken. While one drawing goes on, only the last
+        wish for a folder is kept."""
         self._wishes += 1
         wish = self._wishes
-        self._work.put(lambda: self._draw(step) if wish == self._wishes else None)
+        self._last_wish |= dict.fromkeys(folders, wish)
+        self._put_picture(lambda: self._draw(step, [name for name in folders if self._last_wish[name] == wish]))
 
     def pictures(self) -> Iterator[tuple[int, Path]]:
-        """(step, file) of the pictures that have become ready since the last call."""
-        while not self._drawn.empty():
-            yield self._drawn.get()
+        """(step, file) of the pictures that have become ready since the last call; none is removed meanwhile."""
+        with self._showing:
+            while not self._drawn.empty():
+                step, path = self._drawn.get()
+                if path.is_file():
+                    yield step, path
 
     def problems(self) -> Iterator[str]:
         """What went wrong since the last call."""
@@ -128,6 +160,10 @@ class Board:
         if self._thread.is_alive():
             self._problems.put(f"pictures: not ready within {WAIT_S:.0f} s of the run's end")
 
+    def _put_picture(self, task: Callable[[], None]) -> None:
+        if self.makes_pictures:
+            self._work.put(task)
+
     def _serve(self) -> None:
         while (task := self._work.get()) is not None:
             try:
@@ -143,10 +179,17 @@ class Board:
         if names:
             record = {"step": np.array(step), "matrices": np.array(self._matrices), **names}
             self._append("quantization", record)
-        heads = {name.partition("/Heads_")[2]: array for name, array in arrays.items() if "/Heads_" in name}
-        if heads:
-            self._analysis.mkdir(exist_ok=True)
-            self._replace(self._analysis / f"heads_step_{step}.npz", {"step": np.array(step), **heads})
+
+    def _write_heads(self, step: int, analysis: HeadAnalysis | None) -> None:
+        if analysis is None:
+            return
+        self._analysis.mkdir(exist_ok=True)
+        for name, values in analysis.files(step, self._decode):
+            self._replace(self._analysis / name, values)
+
+    def _remove_after(self, step: int) -> None:
+        with self._showing:
+            remove_after(self._analysis, step)
 
     def _make_folder(self) -> None:
         """In the run's folder, which is not made anew where someone has taken it away."""
@@ -168,17 +211,20 @@ class Board:
         self._make_folder()
         self._replace(self._data / f"{name}.npz", values)
 
-    def _replace(self, path: Path, values: Arrays) -> None:
+    def _replace(self, path: Path, values: Arrays | np.ndarray) -> None:
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
-            np.savez_compressed(file, **values)  # type: ignore[arg-type]
+            if isinstance(values, np.ndarray):
+                np.save(file, values, allow_pickle=False)
+            else:
+                np.savez_compressed(file, **values)  # type: ignore[arg-type]
         temporary.replace(path)
 
-    def _draw(self, step: int) -> None:
-        if self._stopped:
+    def _draw(self, step: int, folders: Sequence[str]) -> None:
+        if self._stopped or not folders:
             return
         command = ["nice", "-n", "10", sys.executable, "-m", "bitmar.observability.plots", str(self._run_dir)]
-        command += ["--parent", str(os.getpid())]
+        command += ["--folders", *folders, "--parent", str(os.getpid())]
         root = Path(__file__).resolve().parents[2]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, cwd=root, stdout=pipe, stderr=pipe, text=True) as self._drawer:

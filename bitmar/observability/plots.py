@@ -1,4 +1,5 @@
-"""PNG pictures of a run, drawn from what lies in its folder: `python -m bitmar.observability.plots RUN_DIR`.
+"""PNG pictures of a run, drawn from what lies in its folder into plots/ and attention_analysis/:
+`python -m bitmar.observability.plots RUN_DIR`.
 
 The trainer has them drawn by this command in a process of its own (bitmar/observability/board.py).
 """
@@ -15,12 +16,15 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from bitmar.head_names import KINDS
 from bitmar.observability import attention_plots, curve_plots, memory_plots, weight_plots
+from bitmar.observability.board import PICTURE_FOLDERS
 from bitmar.observability.curve_plots import FLIPS, GRADIENTS, LOSSES, METRICS, SCHEDULE, THROUGHPUT, Panel
 from bitmar.observability.drawing import save
 from bitmar.observability.run_folder import RunFolder, read_settings
 
 PARENT_POLL_S = 1.0
+HEATMAPS = "plot_attention_heatmaps"  # the key of pictures of heads
 
 
 def _curves(heading: str, panels: tuple[Panel, ...], always: bool = False) -> Callable[[RunFolder], Figure | None]:
@@ -47,17 +51,17 @@ def _memory_reads(run: RunFolder) -> Figure | None:
 
 
 def _attention_distribution(run: RunFolder) -> Figure | None:
-    logs = run.heads()
+    logs = run.heads
     return attention_plots.distribution_figure(run.about(int(logs[-1]["step"])), logs[-1]) if logs else None
 
 
 def _head_importance(run: RunFolder) -> Figure | None:
-    logs = run.heads()
+    logs = run.heads
     return attention_plots.importance_figure(run.about(int(logs[-1]["step"])), logs[-1]) if logs else None
 
 
 def _importance_timeline(run: RunFolder) -> Figure | None:
-    return attention_plots.timeline_figure(run.about(), run.heads())
+    return attention_plots.timeline_figure(run.about(), run.heads)
 
 
 def _cross_modal(run: RunFolder) -> Figure | None:
@@ -86,9 +90,9 @@ PICTURES: dict[str, tuple[str, Callable[[RunFolder], Figure | None]]] = {
     "memory_usage": ("plot_memory_usage", _memory_usage),
     "memory_timeline": ("plot_memory_usage", _memory_timeline),
     "memory_reads": ("plot_memory_usage", _memory_reads),
-    "attention_distribution": ("plot_attention_heatmaps", _attention_distribution),
-    "head_importance": ("plot_attention_heatmaps", _head_importance),
-    "importance_timeline": ("plot_attention_heatmaps", _importance_timeline),
+    "attention_distribution": (HEATMAPS, _attention_distribution),
+    "head_importance": (HEATMAPS, _head_importance),
+    "importance_timeline": (HEATMAPS, _importance_timeline),
     "cross_modal": ("log_attention_maps", _cross_modal),
     "weights": ("plot_quantization_dist", _weights),
     "flips": ("plot_quantization_dist", _curves("Flips of ternary weights", FLIPS)),
@@ -96,25 +100,48 @@ PICTURES: dict[str, tuple[str, Callable[[RunFolder], Figure | None]]] = {
 }
 
 
-def draw_plots(run_dir: Path) -> Iterator[Path]:
-    """Draw the pictures of a run into run_dir/plots/ and give each one's path when it is there.
+def _plots(run: RunFolder) -> Iterator[tuple[str, Figure | None]]:
+    for name, (key, make) in PICTURES.items():
+        if run.settings.are_on([key]):
+            yield name, make(run)
+
+
+def _head_pictures(run: RunFolder) -> Iterator[tuple[str, Figure | None]]:
+    """Of the last analysis, whose step is in their names."""
+    logs = run.heads
+    if not logs or not run.settings.are_on([]):
+        return
+    step = int(logs[-1]["step"])
+    about = run.about(step)
+    if run.settings.are_on([HEATMAPS]):
+        for kind in KINDS:
+            yield f"attention_heads_{kind}_step_{step}", attention_plots.heads_figure(about, logs[-1], kind)
+        yield f"attention_timeline_step_{step}", attention_plots.timeline_figure(about, logs)
+    for kind in KINDS:
+        patterns = run.patterns(kind, step)
+        if patterns is not None:
+            yield f"head_patterns_{kind}_step_{step}", attention_plots.patterns_figure(about, kind, patterns)
+
+
+def draw_plots(run_dir: Path, folders: Sequence[str] = PICTURE_FOLDERS) -> Iterator[Path]:
+    """Draw the pictures of a run into some of its folders and give each one's path when it is there.
 
     Which, and how the phases are called, is read from run_dir/config.yaml; a picture whose data the run does not have
     is left out. Raises ValueError when the run has logged nothing.
     """
     run = RunFolder(run_dir, METRICS.__contains__)
-    folder = run_dir / "plots"
-    for name, (key, make) in PICTURES.items():
-        figure = make(run) if run.settings.are_on([key]) else None
-        if figure is not None:
-            folder.mkdir(exist_ok=True)
-            save(figure, folder / f"{name}.png")
-            yield folder / f"{name}.png"
+    for folder, figures in zip(PICTURE_FOLDERS, (_plots, _head_pictures), strict=True):
+        for name, figure in figures(run) if folder in folders else ():
+            if figure is not None:
+                path = run_dir / folder / f"{name}.png"
+                path.parent.mkdir(exist_ok=True)
+                save(figure, path)
+                yield path
 
 
-def write_plots(run_dir: Path) -> list[Path]:
+def write_plots(run_dir: Path, folders: Sequence[str] = PICTURE_FOLDERS) -> list[Path]:
     """All pictures of `draw_plots`."""
-    return list(draw_plots(run_dir))
+    return list(draw_plots(run_dir, folders))
 
 
 def end_without(parent: int) -> None:
@@ -126,8 +153,11 @@ def end_without(parent: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the pictures of one run's folder and print the path of each when it is there."""
-    parser = argparse.ArgumentParser(description="Draw a run's pictures into RUN_DIR/plots.")
+    parser = argparse.ArgumentParser(
+        description=f"Draw a run's pictures into its folders {' and '.join(PICTURE_FOLDERS)}."
+    )
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--folders", nargs="+", choices=PICTURE_FOLDERS, default=PICTURE_FOLDERS, help="these alone")
     parser.add_argument("--parent", type=int, help="end when this process, which started it, is gone")
     options = parser.parse_args(arguments)
     run_dir = options.run_dir
@@ -135,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         threading.Thread(target=end_without, args=(options.parent,), daemon=True).start()
     if not read_settings(run_dir).are_on([]):
         print(f"{run_dir / 'config.yaml'} says wandb.create_plots: false; nothing is drawn", file=sys.stderr)
-    for path in draw_plots(run_dir):
+    for path in draw_plots(run_dir, options.folders):
         print(path, flush=True)
 
 

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitmar.batch import Batch
+from bitmar.head_names import HeadName
 from bitmar.model.attention import Heads
 from bitmar.model.quantize import quantize_activations
 from bitmar.observability.stats import Statistics
 
 KINDS = {"encoder": "Encoder", "decoder": "Decoder", "cross_modal": "CrossModal", "memory": "Memory"}  # in names
+CAUSAL = ("encoder", "decoder")  # of them, over the text itself
 TOP_SHARE = 10  # concentration: the mass on one key in so many
 
 
@@ -105,7 +107,7 @@ def fill_heads(
     rest = list(gradients)
     for kind, layers in shown.items():
         mine, rest = rest[: len(layers)], rest[len(layers) :]
-        name, causal = KINDS[kind], kind in ("encoder", "decoder")
+        name, causal = KINDS[kind], kind in CAUSAL
         f = figures(layers, mine, batch, causal, written.sum() if kind == "memory" else None)
         statistics.add(f"Attention/Heads_{name}_Importance", f.importance, f.samples)
         statistics.add(f"Attention/Heads_{name}_Entropy", f.entropy, f.queries)
@@ -113,6 +115,30 @@ def fill_heads(
         if causal:
             statistics.add(f"Attention/Heads_{name}_Distance", f.distance, f.queries)
             statistics.add(f"Attention/Heads_{name}_First_Token", f.first, f.queries)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What every head attends to in one caption, without its padding."""
+
+    tokens: Int[Tensor, "T"]
+    weights: dict[HeadName, Float[Tensor, "T S"]]  # fp32; S: T positions, vision tokens, or memory slots
+
+
+def first_caption(shown: dict[str, list[Heads]], batch: Batch, kinds: Sequence[str]) -> Caption | None:
+    """Of the first row that counts and has an image; None where there is none. A copy, which keeps nothing else."""
+    rows = batch.pair_mask.nonzero()
+    if not len(rows):
+        return None
+    row = int(rows[0])
+    inside = batch.token_mask[row]
+    weights: dict[HeadName, Tensor] = {}
+    for kind in kinds:
+        for layer, heads in enumerate(shown[kind]):
+            seen = heads.weights[row][:, inside]
+            for head, own in zip(heads.numbers, seen[..., inside] if kind in CAUSAL else seen, strict=True):
+                weights[HeadName(kind, layer, head)] = own
+    return Caption(batch.tokens[row][inside], weights)
 
 
 def fill_memory(

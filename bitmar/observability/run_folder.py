@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import zipfile
@@ -17,6 +18,7 @@ import yaml
 
 from bitmar.observability.board import Arrays, read_records
 from bitmar.observability.drawing import About, evenly
+from bitmar.observability.head_analysis import FOLDER
 from bitmar.observability.records import EVENTS_FILE, METRICS_FILE, read_lines
 from bitmar.observability.schema import STEP_METRIC
 
@@ -101,13 +103,19 @@ class RunFolder:
         """plots/data/NAME.npz, where it is whole and has `arrays`."""
         return self._whole(self.run_dir / "plots" / "data" / f"{name}.npz", *arrays)
 
+    @functools.cached_property
     def heads(self) -> list[Arrays]:
         """Figures of the heads over the steps, at most HEAD_FILES of them, evenly taken, the last among them."""
-        files = (self.run_dir / "attention_analysis").glob("heads_step_*.npz")
+        files = (self.run_dir / FOLDER).glob("heads_step_*.npz")
         steps = {path: path.stem.rpartition("_")[2] for path in files}
         known = sorted((int(step), path) for path, step in steps.items() if step.isdigit() and int(step) <= self.step)
         read = (self._whole(path) for _, path in evenly(known, HEAD_FILES))
         return [arrays for arrays in read if arrays is not None]
+
+    def patterns(self, kind: str, step: int) -> Arrays | None:
+        """What the top heads of a kind attend to at a step, where that was kept and is whole."""
+        path = self.run_dir / FOLDER / f"head_patterns_{kind}_step_{step}.npz"
+        return self._whole(path, "heads", "importance", "weights", "words")
 
     def _whole(self, path: Path, *names: str) -> Arrays | None:
         arrays = read_npz(path)

@@ -38,6 +38,7 @@ STAGES = (0, 1, 2, 3)
 FAULTS = ("loss", "gradient")
 GLOBAL_BATCH = 16  # of tiny_config
 NAN_STEP, SPIKE_STEP = 7, 13  # counted from 0
+LATER = f"attention_analysis/heads_step_{STEPS + 5}.npz"
 LOSSES = {"lm": 1.0, "contrastive": 0.5, "recall": 0.3}
 
 Change = Callable[[Outputs], Outputs]
@@ -127,11 +128,19 @@ def first_row(run: Run, step: int) -> int:
 
 
 def faulty_run(world: World, config: Config, change: Change, steps: list[int]) -> dict[str, Any]:
-    """Train with the fault on rank 1 at `steps` (counted from 0); how it ended, and where each rank stands."""
+    """Train with the fault on rank 1 at `steps` (counted from 0); how it ended, and where each rank stands. The fault
+    finds an analysis of a later step, as a run that goes back leaves some behind."""
     run = assemble(config, world)
     wanted = {first_row(run, step) for step in steps}
+
+    def faulty(outputs: Outputs) -> Outputs:
+        path = config.run_directory / LATER
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        return change(outputs)
+
     if world.rank == 1:
-        change_outputs(run.engine.module, change, lambda batch: int(batch.rows[0]) in wanted)
+        change_outputs(run.engine.module, faulty, lambda batch: int(batch.rows[0]) in wanted)
     ended = ""
     try:
         train.loop(run)
@@ -253,6 +262,8 @@ def test_a_spike_is_undone_and_its_batches_left_out(faulty: tuple[Path, list[dic
     assert sorted(lines) == list(range(1, STEPS + 1)), "one line a step, though steps 11 to 13 were trained twice"
     assert [step for step, line in lines.items() if "Training/Loss" not in line] == back["steps_left_out"]
     assert all(line["Training/Loss"] < seen["loss"] / 2 for line in lines.values() if "Training/Loss" in line)
+    assert (folder / "once" / LATER).exists()
+    assert not (run / LATER).exists()
 
 
 def test_a_resumed_run_leaves_out_the_same_batches(faulty: tuple[Path, list[dict[str, Any]]]) -> None:

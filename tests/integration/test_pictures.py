@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from matplotlib.image import imread
 from bitmar.observability.records import read_lines
 from bitmar.observability.schema import STEP_METRIC
 from tests.support.mirror import home_variables, rows, told, wandb_files
-from tests.support.picture_runs import PICTURES
+from tests.support.picture_runs import PICTURES, head_pictures
 from tests.support.processes import wait_for
 from tests.support.runs import STEPS, recipe, write_recipe
 from tests.support.trainers import trainers
@@ -58,7 +59,7 @@ def test_training_goes_on_while_pictures_are_made(tmp_path: Path, tiny_shards: P
         started.signal(0, signal.SIGTERM)
         started.codes()
     for image in images(run_dir):
-        assert image["name"] == f"Plots/{Path(image['path']).stem}"
+        assert image["name"] == f"Plots/{re.sub('_step_[0-9]+$', '', Path(image['path']).stem)}"
         assert imread(run_dir / image["path"]).shape[1] == 1200
     steps = {image["step"] for image in images(run_dir)}
     assert all(step in (4, 8) or step > 8 for step in steps)  # the ends of its first phases, and epochs of the last
@@ -66,14 +67,18 @@ def test_training_goes_on_while_pictures_are_made(tmp_path: Path, tiny_shards: P
 
 
 def test_the_end_of_a_run_has_every_picture(tmp_path: Path, tiny_shards: Path) -> None:
-    """In the sinks too: wandb has each, also those that were ready after later steps had been sent."""
+    """In the sinks too: wandb has each, also those that were ready after later steps had been sent. Those of heads have
+    a cadence of their own."""
     path, run_dir = write_run(tmp_path, tiny_shards, "whole")
-    wandb = ("wandb.enabled=true", "wandb.offline=true")
-    with trainers(path, 1, *wandb, extra={0: home_variables(tmp_path / "home")}) as started:
+    options = ("wandb.enabled=true", "wandb.offline=true", "attention_analysis.save_head_patterns=true")
+    options += ("attention_analysis.viz_every_n_epochs=1000",)
+    with trainers(path, 1, *options, extra={0: home_variables(tmp_path / "home")}) as started:
         assert started.codes() == [0], started.said(0)
     last = [image["name"] for image in images(run_dir) if image["step"] == STEPS]
-    assert last == [f"Plots/{name}" for name in PICTURES]
+    heads = head_pictures(STEPS)
+    assert last == [f"Plots/{name}" for name in (*PICTURES, *(h.removesuffix(f"_step_{STEPS}") for h in heads))]
     assert sorted(file.stem for file in (run_dir / "plots").glob("*.png")) == sorted(PICTURES)
+    assert sorted(file.stem for file in (run_dir / "attention_analysis").glob("*.png")) == sorted(heads)
     (file,) = wandb_files(run_dir)
     shown = [name.removesuffix("/_type") for row in rows(file) for name in row if name.endswith("/_type")]
     assert shown == [image["name"] for image in images(run_dir)]

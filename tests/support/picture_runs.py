@@ -10,6 +10,8 @@ import numpy as np
 
 from bitmar.config import ModelConfig
 from bitmar.observability.board import append
+from bitmar.observability.head_analysis import HeadAnalysis, top_heads
+from bitmar.observability.probes import KINDS
 from bitmar.observability.records import JsonlSink
 from bitmar.observability.schema import Cadence, Layout, schema_of, select
 
@@ -19,6 +21,12 @@ PICTURES = (
     *("losses", "throughput", "schedule", "gradients", "memory_usage", "memory_timeline", "memory_reads"),
     *("attention_distribution", "head_importance", "importance_timeline", "cross_modal", "weights", "flips", "latents"),
 )
+
+
+def head_pictures(step: int) -> tuple[str, ...]:
+    """Of attention_analysis/, where the last analysis is of `step`."""
+    maps, patterns = (tuple(f"{what}_{kind}" for kind in KINDS) for what in ("attention_heads", "head_patterns"))
+    return tuple(f"{name}_step_{step}" for name in (*maps, "attention_timeline", *patterns))
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Size:
     captions: int = 3
     sources: int = 2
     samples: int = 40
+    top: int = 10  # heads of each kind
 
     @property
     def layout(self) -> Layout:
@@ -118,7 +127,8 @@ def write_weights(path: Path, size: Size, rng: np.random.Generator) -> None:
 
 
 def write_heads(folder: Path, size: Size, step: int, rng: np.random.Generator) -> None:
-    arrays: dict[str, np.ndarray] = {"step": np.array(step)}
+    """And, at the last log, the patterns of the top heads in a caption."""
+    arrays: dict[str, np.ndarray] = {}
     for kind, shape in size.layout.heads.items():
         arrays[f"{kind}_Importance"] = rng.gamma(1.0, 0.004, shape)
         arrays[f"{kind}_Entropy"] = rng.uniform(1.0, 3.0, shape)
@@ -126,7 +136,19 @@ def write_heads(folder: Path, size: Size, step: int, rng: np.random.Generator) -
         if kind in ("Encoder", "Decoder"):
             arrays[f"{kind}_Distance"] = rng.uniform(2.0, 8.0, shape)
             arrays[f"{kind}_First_Token"] = rng.uniform(0.0, 0.4, shape)
-    np.savez_compressed(folder / "attention_analysis" / f"heads_step_{step}.npz", **arrays)  # type: ignore[arg-type]
+    top = {kind: top_heads(arrays[f"{name}_Importance"], size.top) for kind, name in KINDS.items()}
+    words, keys = len(CAPTION), {"cross_modal": size.vision_tokens, "memory": size.slots}
+    patterns = {}
+    for kind, heads in top.items() if step == 10 * size.logs else ():
+        weights = rng.dirichlet(np.full(keys.get(kind, words), 0.3), (len(heads), words)).astype(np.float32)
+        patterns[kind] = weights if kind in keys else np.tril(weights)
+    analysis = HeadAnalysis(arrays, top, patterns, np.arange(words))
+    for name, values in analysis.files(step, CAPTION.__getitem__):
+        path = folder / "attention_analysis" / name
+        if isinstance(values, np.ndarray):
+            np.save(path, values)
+        else:
+            np.savez_compressed(path, **values)  # type: ignore[arg-type]
 
 
 def write_captions(folder: Path, size: Size, rng: np.random.Generator, caption: tuple[str, ...] = CAPTION) -> None:

@@ -74,6 +74,7 @@ bitmar.observability.stats
 bitmar.observability.features bitmar.observability.probes
 bitmar.observability.reduce
 bitmar.observability.records
+bitmar.observability.head_analysis
 bitmar.observability.derived bitmar.observability.system bitmar.observability.board
 bitmar.observability.drawing
 bitmar.observability.run_folder

@@ -38,6 +38,13 @@ def test_recipe_runs_on_one_and_two_ranks(path: Path, ranks: int) -> None:
     assert config.accumulation_steps(ranks) * together == config.training.global_batch
 
 
+def test_the_demo_analyses_its_heads_four_times_at_least() -> None:
+    config = load_config(ROOT / "launch" / "recipes" / "demo.yaml")
+    steps = sum(phase.steps or 0 for phase in config.phases)
+    assert config.wandb.log_attention
+    assert steps // config.attention_analysis.log_every_n_steps >= 4
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_warms_up_before_half_way(path: Path) -> None:
     config = load_config(path)

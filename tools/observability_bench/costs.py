@@ -65,7 +65,7 @@ def collective_rows(bench: Bench) -> Iterator[Row]:
 
 
 def plot_rows(bench: Bench) -> Iterator[Row]:
-    """How long the training thread is held by what pictures are made from."""
+    """How long the training thread is held by what pictures are made from, with an analysis of heads at each log."""
     config = load_config(ROOT / "launch" / "recipes" / "bitmar-120m.yaml")
     model = config.model
     layout = Layout(model, sources=tuple("abcdefgh"), matrices=tuple(f"encoder.{i}" for i in range(200)))
@@ -80,6 +80,7 @@ def plot_rows(bench: Bench) -> Iterator[Row]:
     for step in range(20 if bench.quick else 200):
         began = time.perf_counter()
         board.take(step, arrays, memory)
+        board.take_heads(step, arrays, config.attention_analysis, None)
         board.take_captions(step, np.ones((4, 64), np.int64), draw.random((4, 64, model.vision_tokens)))
         if step % 20 == 0:
             board.draw(step)

@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from bitmar.head_names import HeadName
 from bitmar.observability import board
 from bitmar.observability.board import Board, append, cut_torn, read_records
-from tests.support.picture_runs import PICTURES, Size, write_run
+from bitmar.observability.probes import Caption
+from bitmar.watch_config import AttentionAnalysisConfig
+from tests.support.picture_runs import PICTURES, Size, head_pictures, write_run
 
 
 def steps(path: Path) -> list[int]:
@@ -58,12 +62,14 @@ def test_pictures_come_from_a_process_of_its_own(tmp_path: Path, monkeypatch: py
     """Also where the folder is relative and has spaces in its name."""
     write_run(tmp_path / "a run" / "of mine", Size(logs=2))
     monkeypatch.chdir(tmp_path)
-    taken = Board(Path("a run/of mine"), str, ())
+    taken = Board(Path("a run/of mine"), str, (), step=20)
     taken.draw(20)
     taken.close()
     assert list(taken.problems()) == []
     folder = (tmp_path / "a run" / "of mine").resolve()
-    assert list(taken.pictures()) == [(20, folder / "plots" / f"{name}.png") for name in PICTURES]
+    plots = [folder / "plots" / f"{name}.png" for name in PICTURES]
+    heads = [folder / "attention_analysis" / f"{name}.png" for name in head_pictures(20)]
+    assert list(taken.pictures()) == [(20, path) for path in (*plots, *heads)]
 
 
 def test_a_drawing_that_fails_is_a_problem(tmp_path: Path) -> None:
@@ -94,11 +100,11 @@ def test_a_drawing_that_cannot_start_or_end_is_a_problem(
 def test_wishes_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    drawn: list[int] = []
+    drawn: list[tuple[int, list[str]]] = []
     go_on, begun = threading.Event(), threading.Event()
 
-    def draw(self: Board, step: int) -> None:
-        drawn.append(step)
+    def draw(self: Board, step: int, folders: list[str]) -> None:
+        drawn.append((step, folders))
         begun.set()
         assert go_on.wait(60)
 
@@ -106,11 +112,13 @@ def test_wishes_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     taken = Board(tmp_path, str, ())
     taken.draw(1)
     assert begun.wait(60)
-    for step in (2, 3, 4):
+    for step in (2, 3):
         taken.draw(step)
+    taken.draw(4, ["plots"])
     go_on.set()
     taken.close()
-    assert drawn == [1, 4]
+    wished = [(step, folders) for step, folders in drawn if folders]
+    assert wished == [(1, ["plots", "attention_analysis"]), (3, ["attention_analysis"]), (4, ["plots"])]
 
 
 def test_a_drawing_that_outlasts_the_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +126,63 @@ def test_a_drawing_that_outlasts_the_run_is_told(tmp_path: Path, monkeypatch: py
 
     go_on = threading.Event()
     monkeypatch.setattr(board, "WAIT_S", 0.05)
-    monkeypatch.setattr(Board, "_draw", lambda self, step: go_on.wait(60))
+    monkeypatch.setattr(Board, "_draw", lambda self, step, folders: go_on.wait(60))
     taken = Board(tmp_path, str, ())
     taken.draw(1)
     taken.close()
     go_on.set()
     (problem,) = taken.problems()
     assert "not ready" in problem
+
+
+def test_heads_are_written_without_pictures_too(tmp_path: Path) -> None:
+    taken = Board(tmp_path, "t{}".format, (), makes_pictures=False)
+    taken.take(5, {}, {"usage": np.arange(5.0)})
+    taken.take_captions(5, np.ones((1, 2), np.int64), np.ones((1, 2, 3)))
+    taken.take_latents(5, {"text": np.ones((2, 2))})
+    importance = np.array([[1.0, 3.0, 2.0]])
+    weights = {HeadName("encoder", 0, head): torch.full((2, 2), 1.0 + head) for head in range(3)}
+    caption = Caption(torch.tensor([7, 8]), weights)
+    config = AttentionAnalysisConfig(track_top_k=2)
+    taken.take_heads(4, {}, config, None)  # a log without a pass
+    taken.take_heads(5, {"Attention/Heads_Encoder_Importance": importance}, config, caption)
+    taken.draw(5)
+    taken.close()
+    assert (list(taken.pictures()), list(taken.problems())) == ([], [])
+    assert [path.name for path in tmp_path.iterdir()] == ["attention_analysis"]
+    found = {path.name: np.load(path, allow_pickle=False) for path in (tmp_path / "attention_analysis").iterdir()}
+    top, patterns = "top_heads_encoder_step_5.npy", "head_patterns_encoder_step_5.npz"
+    assert found.keys() == {"heads_step_5.npz", top, patterns}
+    assert found["heads_step_5.npz"]["Encoder_Importance"].tolist() == importance.tolist()
+    assert found[top].tolist() == [[0, 1], [0, 2]]
+    assert found[patterns]["words"].tolist() == ["t7", "t8"]
+    assert found[patterns]["weights"][:, 0, 0].tolist() == [2.0, 3.0]
+
+
+def test_what_an_earlier_start_left_of_later_steps_is_removed(tmp_path: Path) -> None:
+    write_run(tmp_path, Size(logs=3))
+    folder = tmp_path / "attention_analysis"
+    for name in ("attention_timeline_step_30.png", "attention_timeline_step_20.png", "notes_step_30.txt"):
+        (folder / name).touch()
+    Board(tmp_path, str, (), step=20).close()
+    left = {path.name for path in folder.iterdir()}
+    assert {name.rpartition("_")[2].partition(".")[0] for name in left} == {"10", "20", "30"}
+    assert {name for name in left if "_30" in name} == {"notes_step_30.txt"}
+    assert "attention_timeline_step_20.png" in left
+
+
+def test_a_picture_that_a_run_has_left_behind_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "attention_analysis").mkdir()
+
+    def draw(self: Board, step: int, folders: list[str]) -> None:
+        for step in (10, 30):
+            path = tmp_path / "attention_analysis" / f"attention_timeline_step_{step}.png"
+            path.touch()
+            self._drawn.put((30, path))
+
+    monkeypatch.setattr(Board, "_draw", draw)
+    taken = Board(tmp_path, str, ())
+    taken.draw(30)
+    taken.go_back(20)
+    taken.close()
+    assert [path.stem for _, path in taken.pictures()] == ["attention_timeline_step_10"]

@@ -16,7 +16,7 @@ from bitmar.observability.plots import PICTURES, main, write_plots
 from bitmar.observability.records import JsonlSink, truncate_metrics_after
 from bitmar.observability.run_folder import is_generated, read_settings
 from tests.support.picture_runs import PICTURES as ALL
-from tests.support.picture_runs import Size, write_captions, write_run
+from tests.support.picture_runs import Size, head_pictures, write_captions, write_run
 
 OWN_KEYS = {
     "plot_losses": {"losses", "throughput", "schedule"},
@@ -33,6 +33,15 @@ def stems(paths: list[Path]) -> list[str]:
     return [path.stem for path in paths]
 
 
+def files(step: int) -> list[str]:
+    """All pictures of a run whose last analysis is of `step`."""
+    return [f"plots/{name}.png" for name in ALL] + [f"attention_analysis/{name}.png" for name in head_pictures(step)]
+
+
+def plots(run_dir: Path) -> list[str]:
+    return stems(write_plots(run_dir, ("plots",)))
+
+
 def set_keys(run_dir: Path, **keys: bool) -> None:
     (run_dir / "config.yaml").write_text(json.dumps({"wandb": keys}), encoding="utf-8")
 
@@ -41,7 +50,7 @@ def set_keys(run_dir: Path, **keys: bool) -> None:
 def test_every_picture_decodes_and_is_not_blank(tmp_path: Path, slots: int) -> None:
     write_run(tmp_path, Size(slots=slots))
     paths = write_plots(tmp_path)
-    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [f"plots/{name}.png" for name in ALL]
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == files(60)
     for path in paths:
         image = imread(path)[..., :3]
         assert image.shape[1] == 1200  # 8 inches at 150 DPI
@@ -49,7 +58,7 @@ def test_every_picture_decodes_and_is_not_blank(tmp_path: Path, slots: int) -> N
         below_title = image[150:]
         assert below_title.std() > 0.05, path
         assert np.mean(below_title < 0.9) > 0.01, path
-    assert not list((tmp_path / "plots").glob("*.tmp"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_title_names_run_step_and_generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +66,7 @@ def test_title_names_run_step_and_generated_data(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, title, **options: titles.append(title))
     run_dir = write_run(tmp_path / "my $run$ of 漢", Size(logs=150))
     write_plots(run_dir)
-    assert len(titles) == len(ALL)
+    assert len(titles) == len(files(1500))
     assert all(title.endswith("\nmy $run$ of \\u6f22, step 1,500 (generated data)") for title in titles)
     titles.clear()
     (run_dir / "summary.json").write_text('{"data": "given"}', encoding="utf-8")
@@ -67,12 +76,12 @@ def test_title_names_run_step_and_generated_data(tmp_path: Path, monkeypatch: py
 
 def test_a_short_large_run(tmp_path: Path) -> None:
     size = Size(slots=512, logs=2, layers=12, heads=12, vision_tokens=49, captions=100, sources=8, samples=500)
-    assert stems(write_plots(write_run(tmp_path, size))) == list(ALL)
+    assert plots(write_run(tmp_path, size)) == list(ALL)
 
 
 def test_the_least_run_has_no_heatmap_of_single_heads(tmp_path: Path) -> None:
     size = Size(slots=1, logs=1, layers=1, heads=1, vision_tokens=2, captions=1, sources=1, samples=2)
-    assert stems(write_plots(write_run(tmp_path, size))) == [name for name in ALL if name != "head_importance"]
+    assert plots(write_run(tmp_path, size)) == [name for name in ALL if name != "head_importance"]
 
 
 def test_a_picture_has_the_key_that_turns_it_off(tmp_path: Path) -> None:
@@ -83,7 +92,23 @@ def test_a_picture_has_the_key_that_turns_it_off(tmp_path: Path) -> None:
     write_run(tmp_path)
     for key, names in OWN_KEYS.items():
         set_keys(tmp_path, **{other: other == key for other in OWN_KEYS})
-        assert set(stems(write_plots(tmp_path))) == names
+        assert set(plots(tmp_path)) == names
+
+
+def test_the_key_of_heat_maps_is_that_of_heads_too(tmp_path: Path) -> None:
+    """What heads attend to has a key of its own, save_head_patterns."""
+    write_run(tmp_path, Size(logs=2))
+    set_keys(tmp_path, plot_attention_heatmaps=False)
+    drawn = write_plots(tmp_path, ("attention_analysis",))
+    assert stems(drawn) == [name for name in head_pictures(20) if name.startswith("head_patterns")]
+
+
+def test_heads_are_drawn_of_the_last_analysis(tmp_path: Path) -> None:
+    write_run(tmp_path, Size(logs=3))
+    for path in (tmp_path / "attention_analysis").glob("*_step_30.*"):
+        path.unlink()
+    drawn = write_plots(tmp_path, ("attention_analysis",))
+    assert stems(drawn) == [name for name in head_pictures(20) if not name.startswith("head_patterns")]
 
 
 def test_no_picture_where_none_is_wished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,14 +158,14 @@ def test_one_log_is_enough_and_none_is_an_error(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path)
     sink.log(0, {"Training/Loss": math.nan, "Gradients/Total_Norm": 0.0, "Gradients/Encoder_Norm": 0.0})
     sink.close()
-    assert stems(write_plots(tmp_path)) == ["losses", "throughput", "schedule"]  # they say what was not logged
+    assert plots(tmp_path) == ["losses", "throughput", "schedule"]  # they say what was not logged
 
 
 def test_half_of_any_file_is_left_out(tmp_path: Path) -> None:
     """Cut at many places, as kills do: never an exception, and the other pictures are there."""
     write_run(tmp_path, Size(logs=2))
-    files = sorted([*(tmp_path / "plots" / "data").iterdir(), *(tmp_path / "attention_analysis").iterdir()])
-    whole = {path: path.read_bytes() for path in files}
+    written = sorted([*(tmp_path / "plots" / "data").iterdir(), *(tmp_path / "attention_analysis").iterdir()])
+    whole = {path: path.read_bytes() for path in written}
     for share in (0.0, 0.01, 0.4, 0.9, 0.999):
         for path, content in whole.items():
             path.write_bytes(content[: int(share * len(content))])
@@ -155,15 +180,16 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     for path in (tmp_path / "plots" / "data").glob("*.npz"):
         arrays = dict(np.load(path))
         np.savez(path, **{k: np.full_like(v, np.nan) if v.dtype.kind == "f" else v for k, v in arrays.items()})
-    for path in (tmp_path / "attention_analysis").iterdir():
-        np.savez(path, **{k: v * np.nan if k != "step" else v for k, v in np.load(path).items()})
+    for path in (tmp_path / "attention_analysis").glob("*.npz"):
+        np.savez(path, **{k: v * np.nan if v.dtype.kind == "f" else v for k, v in np.load(path).items()})
     for name in ("memory", "quantization"):
         path = tmp_path / "plots" / "data" / f"{name}.npys"
         records = list(read_records(path))
         path.unlink()
         for record in records:
             append(path, {k: v * np.nan if v.dtype.kind == "f" else v for k, v in record.items()})
-    drawn = stems(write_plots(tmp_path))
+    assert write_plots(tmp_path, ("attention_analysis",)) == []
+    drawn = plots(tmp_path)
     assert not {"latents", "cross_modal", "head_importance", "attention_distribution", "weights"} & set(drawn)
     assert {"losses", "memory_usage", "memory_reads"} <= set(drawn)
 
@@ -171,7 +197,7 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
 def test_data_of_steps_that_a_resumed_run_has_left_is_not_shown(tmp_path: Path) -> None:
     write_run(tmp_path, Size(logs=6))
     assert truncate_metrics_after(tmp_path / "metrics.jsonl", 25) > 0
-    drawn = stems(write_plots(tmp_path))
+    drawn = plots(tmp_path)
     assert not {"latents", "cross_modal", "memory_usage"} & set(drawn)  # of step 60; no slot was written by step 20
     assert {"weights", "head_importance"} <= set(drawn)
 
@@ -196,10 +222,12 @@ def test_words_of_any_script(tmp_path: Path) -> None:
     )
     write_run(tmp_path, Size(logs=1))
     write_captions(tmp_path, Size(logs=1), np.random.default_rng(0), words)
-    assert "cross_modal" in stems(write_plots(tmp_path))
+    assert "cross_modal" in plots(tmp_path)
 
 
 def test_command_line_prints_each_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, Size(logs=2))
     main([str(tmp_path)])
-    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "plots" / f"{name}.png") for name in ALL]
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in files(20)]
+    main([str(tmp_path), "--folders", "attention_analysis"])
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in files(20)[len(ALL) :]]
