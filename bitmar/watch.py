@@ -127,6 +127,7 @@ def open_probes(config: Config, shards: ShardSet, world: World) -> Probes:
             ).batches()
         )
 
-    heads = chosen(wandb.probe_samples or max(2, batch // 16)) if wandb.log_attention else []
+    few = max(2, min(4, batch // 4), batch // 32)
+    heads = chosen(wandb.probe_samples or few) if wandb.log_attention else []
     latents = chosen(wandb.latent_samples or max(2, batch // 4)) if wandb.log_features else []
     return Probes(tuple(Batch.from_rows(rows, world.device) for rows in heads), tuple(latents))

@@ -31,7 +31,7 @@ class WandbConfig:
     log_every_n_steps: int = 50  # optimizer steps between two logs
     attention_log_interval: int = 100  # steps between two passes of the probe set
     pca_log_interval: int = 500  # steps between two gatherings of the probe set's latents
-    probe_samples: int | None = None  # held-out samples of the probe set; None: a sixteenth of the global batch
+    probe_samples: int | None = None  # held-out samples of the probe set; None: a 32nd of the global batch, and at least 4
     latent_samples: int | None = None  # of the set whose latents are gathered; None: a quarter of the global batch
     device_tflops: float | None = None  # peak of one device, for Throughput/MFU; None: known GPUs' own
     log_attention: bool = True

@@ -26,6 +26,7 @@ OFF = (
 DEFAULT = ("wandb.offline=true", "wandb.log_every_n_steps=50", "wandb.attention_log_interval=100")
 EVERYTHING = (
     *("wandb.offline=true", "wandb.log_every_n_steps=1", "wandb.attention_log_interval=1"),
+    "attention_analysis.log_every_n_steps=1",
     *("wandb.log_memory=true", "wandb.log_quantization=true", "wandb.create_plots=false"),
 )
 WAYS = {"off": OFF, "default": DEFAULT, "everything": EVERYTHING}
