@@ -1,4 +1,4 @@
-"""What a run tells of itself: statistics of its steps, passes of its probe set, and the log of both.
+"""What a run tells of itself: statistics of its steps, and the log of them and of its probes (bitmar/probing.py).
 
 Every rank fills the same metrics at the same steps, whatever its batch holds; one reduction a log joins them.
 """
@@ -6,64 +6,49 @@ Every rank fills the same metrics at the same steps, whatever its batch holds; o
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from bitmar.assembly import Run
-from bitmar.batch import IGNORE, Batch
+from bitmar.batch import IGNORE
 from bitmar.config import COMPONENTS, WandbConfig
-from bitmar.engine.census import HISTOGRAM_EDGES, Census, rounded_layers
+from bitmar.engine.census import HISTOGRAM_EDGES, Census
 from bitmar.engine.step import Latents, StepResult
 from bitmar.model.flops import Work, training_flops
 from bitmar.model.memory import MemoryState
 from bitmar.observability.board import PICTURE_FOLDERS
 from bitmar.observability.derived import derive
-from bitmar.observability.features import (
-    effective_rank,
-    principal_plane,
-    reconstruction,
-    similarity,
-    source_consistency,
-)
 from bitmar.observability.head_analysis import without_step
-from bitmar.observability.probes import fill_heads, fill_memory, first_caption, gates_of, rounding_sums
 from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import LATENTS, LOSS_NAMES, PARTS, TERNARY, title
 from bitmar.observability.stats import Statistics
+from bitmar.probing import ends_epoch, is_analysed, is_analysis_due
 from bitmar.watch import Window
 from shards.loader import LoaderState
 from shards.rows import Rows
 
-SHOWN_CAPTIONS = 4  # of the probe set, in the picture of cross-modal attention
 
-
-def is_observed(run: Run) -> bool:
-    """Whether the step that comes next is to be looked at closely: a log follows it."""
+def is_observed(run: Run, state: LoaderState) -> bool:
+    """Whether the step that comes next, at `state`, is to be looked at closely: a log follows it."""
     step = run.progress.step + 1
-    return is_log_due(run, step) or step % run.config.checkpoint.every_steps == 0
+    return is_log_due(run, step, state) or step % run.config.checkpoint.every_steps == 0
 
 
-def is_log_due(run: Run, step: int) -> bool:
-    """After `step`, whatever else asks for one."""
+def is_log_due(run: Run, step: int, state: LoaderState) -> bool:
+    """After `step`, whose rows stood at `state`, whatever else asks for one."""
     config = run.config.wandb
     intervals = [config.log_every_n_steps]
-    if run.watch.probes.heads:
-        intervals += [config.attention_log_interval, run.config.attention_analysis.log_every_n_steps]
+    intervals += [config.attention_log_interval] if run.watch.probes.heads else []
     intervals += [config.pca_log_interval] if run.watch.probes.latents else []
-    return step == run.last_step or any(step % interval == 0 for interval in intervals)
-
-
-def is_analysed(run: Run) -> bool:
-    """Whether attention_analysis/ tells of the step just done."""
-    every = run.config.attention_analysis.log_every_n_steps
-    return bool(run.watch.probes.heads) and run.progress.step % every == 0
+    return (
+        step == run.last_step
+        or any(step % interval == 0 for interval in intervals)
+        or is_analysis_due(run, step, state)
+    )
 
 
 def observe(run: Run, rows: list[Rows], result: StepResult) -> None:
@@ -298,115 +283,6 @@ def gather_damage(run: Run) -> None:
     run.damaged |= union
 
 
-def probe(run: Run) -> None:
-    """Pass the probe set through the model where its cadence asks for it, just before the log that tells of it."""
-    step, config = run.progress.step, run.config.wandb
-    run.guard.beat("probing", step)
-    if config.log_attention and (step % config.attention_log_interval == 0 or is_analysed(run)):
-        for number, batch in enumerate(run.watch.probes.heads):
-            pass_heads(run, batch, shown=number == 0)
-    if config.log_features and step % config.pca_log_interval == 0 and run.watch.probes.latents:
-        gather_latents(run)
-
-
-def pass_heads(run: Run, batch: Batch, shown: bool = False) -> None:
-    """What the heads, the memory and the rounded activations of the probe set do; the gates' gradients alone are taken,
-    by torch.autograd.grad: a backward pass would reach the engine's own gradients.
-
-    `shown`: its first captions are, in pictures and patterns."""
-    s, board, written = run.watch.statistics, run.watch.board, run.memory.written
-    with run.engine.frozen(), RoundingWatch(run, batch):
-        outputs = run.engine.forward(batch, run.memory, heads=True)
-        gradients = torch.autograd.grad(outputs.loss, gates_of(outputs.heads))
-    fill_heads(s, outputs.heads, gradients, batch, written)
-    read = outputs.heads["memory"][0].weights[:, 0]
-    if run.config.wandb.log_memory:
-        fill_memory(s, read, run.memory.values, written, batch.token_mask & batch.has_vision[:, None])
-    if not shown or board is None:
-        return
-    analysis = run.config.attention_analysis
-    if analysis.save_head_patterns and is_analysed(run):
-        run.watch.caption = first_caption(outputs.heads, batch, analysis.kinds)
-    if board.makes_pictures and run.config.wandb.log_attention_maps:
-        seen = outputs.heads["cross_modal"][-1].weights.mean(1)[:SHOWN_CAPTIONS]
-        tokens = batch.tokens[:SHOWN_CAPTIONS] * batch.token_mask[:SHOWN_CAPTIONS]
-        board.take_captions(run.progress.step, tokens.cpu().numpy(), seen.float().cpu().numpy())
-
-
-class RoundingWatch:
-    """Looks at the inputs of rounded layers while it is open; at its end they add to Quantization/Activation_*."""
-
-    def __init__(self, run: Run, batch: Batch) -> None:
-        self._run, self._batch = run, batch
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._components: list[str] = []
-        self._sums: list[Tensor] = []
-
-    def __enter__(self) -> None:
-        if self._run.config.wandb.log_quantization:
-            for name, module in rounded_layers(self._run.engine.module):
-                self._handles.append(module.register_forward_pre_hook(functools.partial(self._look, name)))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if self._sums:
-            table = torch.stack(self._sums).double()
-            for what, (above, below) in {"Zero": (0, 1), "Error": (2, 3)}.items():
-                names = [f"Quantization/Activation_{what}_{component}" for component in self._components]
-                self._run.watch.statistics.add_all(names, table[:, above], table[:, below])
-
-    def _look(self, name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        (x,) = inputs
-        self._components.append(title(name.split(".")[0]))
-        self._sums.append(rounding_sums(x, self._asked(name, x)))
-
-    def _asked(self, name: str, x: Tensor) -> Tensor:
-        """Which positions, captions or vision tokens of an input are real."""
-        batch = self._batch
-        if x.ndim == 2:
-            return batch.pair_mask
-        if name.startswith("vision.") or name.endswith(".key_value"):
-            return batch.pair_mask[:, None].expand(x.shape[:2])
-        return batch.token_mask
-
-
-@torch.no_grad()
-def gather_latents(run: Run) -> None:
-    """Latents of the second probe set, of all ranks, and what they tell together."""
-    parts: list[list[Tensor]] = []
-    with run.engine.frozen():
-        for rows in run.watch.probes.latents:
-            batch = Batch.from_rows(rows, run.world.device)
-            out = run.engine.forward(batch, run.memory)
-            sources = torch.from_numpy(rows.sources).to(run.world.device)
-            shown = (out.text_latent, out.vision_latent, out.episodes, batch.vision)
-            parts.append([*(x.float() for x in shown), batch.image_ids, sources, batch.pair_mask])
-    joined = [run.world.gather(torch.cat(column)).flatten(0, 1) for column in zip(*parts, strict=True)]
-    text, vision, episodes, vectors, ids, sources = (x[joined[-1]] for x in joined[:-1])
-    if len(text) < 2:
-        return
-    s = run.watch.statistics
-    for name, latents in zip(LATENTS, (text, vision, episodes), strict=True):
-        s.same(f"Features/{name}_Effective_Rank", effective_rank(latents))
-    own, other = similarity(text, vision, ids)
-    s.same("Features/CrossModal_Similarity", own)
-    s.same("Features/CrossModal_Similarity_Unmatched", other)
-    s.same("Features/CrossModal_Similarity_Margin", own - other)
-    if len(sources.unique()) > 1:
-        s.same("Features/Source_Consistency", source_consistency(text, sources))
-    mse, l1 = reconstruction(episodes, vectors)
-    s.same("Features/Vision_Reconstruction_MSE", mse)
-    s.same("Features/Vision_Reconstruction_L1", l1)
-    board = run.watch.board
-    if board is not None and board.makes_pictures and run.config.wandb.log_feature_pca:
-        values = {"sources": sources.cpu().numpy(), "names": np.array(run.watch.layout.sources)}
-        for name, latents in (("text", text), ("vision", vision)):
-            plane, shares = principal_plane(latents)
-            values |= {name: plane.cpu().numpy(), f"{name}_shares": shares.cpu().numpy()}
-        board.take_latents(run.progress.step, values)
-
-
 def draw(run: Run, state: LoaderState) -> None:
     """Have pictures made after the last step of an epoch whose number the recipe names for them, and show those made.
 
@@ -414,10 +290,8 @@ def draw(run: Run, state: LoaderState) -> None:
     """
     if run.watch.board is None:
         return
-    a_step = run.loader.order.epochs(state.phase) / run.lengths[state.phase]
-    before, after = (math.floor(n * a_step + 1e-9) for n in (state.position, state.position + 1))
     cadences = run.config.wandb.plot_every_n_epochs, run.config.attention_analysis.viz_every_n_epochs
-    due = [name for name, every in zip(PICTURE_FOLDERS, cadences, strict=True) if after // every > before // every]
+    due = [name for name, every in zip(PICTURE_FOLDERS, cadences, strict=True) if ends_epoch(run, state, every)]
     if due and run.progress.step < run.last_step:
         run.watch.board.draw(run.progress.step, due)
     show_pictures(run)

@@ -41,10 +41,10 @@ from bitmar.observing import (
     log,
     log_start,
     observe,
-    probe,
     settle,
     show_pictures,
 )
+from bitmar.probing import probe
 from bitmar.rehearsal import rehearse
 from bitmar.saving import mark_due, save, tell_saved
 from bitmar.startup import StartUp
@@ -171,7 +171,7 @@ def loop(run: Run) -> None:
                 run.world,
                 run.progress.step,
                 clock=run.watch.clock,
-                observe=is_observed(run),
+                observe=is_observed(run, state),
             )
             if recovery.undo_spike(run, result):
                 steps = iter(run.loader)
@@ -188,7 +188,7 @@ def loop(run: Run) -> None:
         step = run.progress.step
         mark_due(run)
         saves = run.save_due and run.progress.skipped_in_a_row == 0  # weights may be broken while updates are left out
-        if is_log_due(run, step) or saves:
+        if is_log_due(run, step, state) or saves:
             settle(run)
             probe(run)
             log(run)

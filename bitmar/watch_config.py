@@ -31,7 +31,7 @@ class WandbConfig:
     log_every_n_steps: int = 50  # optimizer steps between two logs
     attention_log_interval: int = 100  # steps between two passes of the probe set
     pca_log_interval: int = 500  # steps between two gatherings of the probe set's latents
-    probe_samples: int | None = None  # held-out samples of the probe set; None: a 32nd of the global batch, and at least 4
+    probe_samples: int | None = None  # of the probe set, held out; None: a 32nd of the global batch, at least 4
     latent_samples: int | None = None  # of the set whose latents are gathered; None: a quarter of the global batch
     device_tflops: float | None = None  # peak of one device, for Throughput/MFU; None: known GPUs' own
     log_attention: bool = True
@@ -69,8 +69,8 @@ class AttentionAnalysisConfig:
     (bitmar/observability/head_analysis.py)."""
 
     track_top_k: int = 10  # heads of each kind of attention in top_heads_*, and whose patterns are drawn
-    log_every_n_steps: int = 100  # steps between two analyses; wandb.log_attention: false makes none
-    viz_every_n_epochs: int = 1  # epochs of a phase's sources between two drawings; the last step is drawn in any case
+    log_every_n_steps: int = 100  # steps between two analyses; wandb.log_attention: false makes none at all
+    viz_every_n_epochs: int = 1  # epochs of a phase's sources that end with an analysis and its pictures
     save_head_patterns: bool = False  # what the top heads attend to in the first probe caption
     analyze_memory_attention: bool = True  # False: not in these files; metrics of it stay
     analyze_cross_modal: bool = True  # the same

@@ -38,7 +38,7 @@ class Cadence(Enum):
 
     START = "start"  # once, when a run begins
     STEP = "step"  # every wandb.log_every_n_steps optimizer steps
-    ATTENTION = "attention"  # at each pass of the probe set, see bitmar/observing.py::probe
+    ATTENTION = "attention"  # at each pass of the probe set, see bitmar/probing.py
     LATENTS = "latents"  # every wandb.pca_log_interval steps, from the latents of the probe set
     VALIDATION = "validation"  # at each validation
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitmar import observing
+from bitmar import observing, probing
 from bitmar.batch import IGNORE, Batch
 from bitmar.config import COMPONENTS, Config, DataConfig, EngineConfig, PhaseConfig, TrainingConfig, WandbConfig
 from bitmar.engine.census import HISTOGRAM_EDGES
@@ -167,8 +167,8 @@ def measure_one(world: World, folder: Path, config: Config) -> dict[str, Any]:
 def finish_measuring(run: Any, folder: Path, told: dict[str, Any]) -> None:
     statistics, world = run.watch.statistics, run.world
     for batch in run.watch.probes.heads:
-        observing.pass_heads(run, batch)
-    observing.gather_latents(run)
+        probing.pass_heads(run, batch)
+    probing.gather_latents(run)
     observing.fill_progress(run)
     observing.fill_throughput(run)
     observing.fill_memory_state(statistics, run.memory, run.window.written)

@@ -121,3 +121,14 @@ def test_a_run_that_goes_on_from_an_earlier_step_forgets_later_analyses(tmp_path
     resumed = f"checkpoint.resume={run_dir}/checkpoints/step_{STEPS - 5:08d}"
     assert run_recipe(tmp_path, tiny_shards, resumed, f"training.max_steps={STEPS - 2}") == run_dir
     assert analysed(run_dir) == earlier
+
+
+def test_epochs_end_with_an_analysis(tmp_path: Path, tiny_shards: Path) -> None:
+    options = ("attention_analysis.viz_every_n_epochs=1", "attention_analysis.log_every_n_steps=1000")
+    run_dir = run_recipe(tmp_path, tiny_shards, *options, "wandb.attention_log_interval=1000")
+    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if "Data/Epoch_Progress" in line]
+    ends = {int(line[STEP_METRIC]) for line in lines if line["Data/Epoch_Progress"] == pytest.approx(1)}
+    assert ends
+    assert ends < {int(line[STEP_METRIC]) for line in lines}, "not every step is an epoch's last"
+    assert {name for name in analysed(run_dir) if name.endswith("npz")} == {f"heads_step_{step}.npz" for step in ends}
+    assert steps_with(run_dir, "Attention/Dead_Heads") == ends

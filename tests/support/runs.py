@@ -70,7 +70,7 @@ def recipe(shards: Path, directory: Path, name: str, stage: int = 1) -> dict[str
             "enabled": False,
             "create_plots": False,
         },
-        "attention_analysis": {"log_every_n_steps": 5},
+        "attention_analysis": {"log_every_n_steps": 5, "viz_every_n_epochs": 1000},
         "phases": [
             {
                 "name": "text",

@@ -89,6 +89,7 @@ bitmar.evaluation
 bitmar.export
 bitmar.watch
 bitmar.assembly
+bitmar.probing
 bitmar.observing bitmar.saving
 bitmar.recovery
 bitmar.plan

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from bitmar.config import Config, DataConfig, PhaseConfig
-from bitmar.observing import draw, is_analysed, is_log_due
+from bitmar.observing import draw, is_log_due
+from bitmar.probing import is_analysis_due
 from bitmar.watch_config import AttentionAnalysisConfig, WandbConfig
 from shards.loader import LoaderState
 
@@ -38,16 +39,28 @@ def run_at(step: int = 0, probes: int = 1, plots: int = 1, analysed: int = 12, h
     )
 
 
+def due(run: Any, what: Any) -> list[int]:
+    """The steps at which a log, or an analysis, is."""
+    return [step for step in range(1, STEPS + 1) if what(run, step, LoaderState(0, step - 1))]
+
+
 def test_a_log_follows_each_pass_of_the_probe_set() -> None:
-    run = run_at(analysed=12)
-    assert [step for step in range(1, STEPS) if is_log_due(run, step)] == [9, 12, 18, 24, 27, 36]
-    assert [step for step in range(1, STEPS) if is_analysed(run_at(step, analysed=12))] == [12, 24, 36]
+    run = run_at(analysed=12, heads=9)
+    assert due(run, is_log_due) == [9, 12, 18, 24, 27, 36, STEPS]
+    assert due(run, is_analysis_due) == [12, 24, 36]
+
+
+def test_heads_are_analysed_at_the_ends_of_the_epochs_that_are_drawn() -> None:
+    assert due(run_at(analysed=100), is_analysis_due) == [10, 20, 30, 40]
+    run = run_at(analysed=15, heads=2)
+    assert due(run, is_analysis_due) == [15, 20, 30, 40]
+    assert due(run, is_log_due) == [9, 15, 18, 20, 27, 30, 36, 40]
 
 
 def test_without_a_probe_set_there_is_no_analysis() -> None:
     run = run_at(probes=0)
-    assert [step for step in range(1, STEPS + 1) if is_log_due(run, step)] == [STEPS]
-    assert not any(is_analysed(run_at(step, probes=0)) for step in range(1, STEPS + 1))
+    assert due(run, is_log_due) == [STEPS]
+    assert due(run, is_analysis_due) == []
 
 
 @pytest.mark.parametrize(
