@@ -223,7 +223,7 @@ class Board:
     def _draw(self, step: int, folders: Sequence[str]) -> None:
         if self._stopped or not folders:
             return
-        command = ["nice", "-n", "10", sys.executable, "-m", "bitmar.observability.plots", str(self._run_dir)]
+        command = ["nice", "-n", "19", sys.executable, "-m", "bitmar.observability.plots", str(self._run_dir)]
         command += ["--folders", *folders, "--parent", str(os.getpid())]
         root = Path(__file__).resolve().parents[2]
         pipe = subprocess.PIPE

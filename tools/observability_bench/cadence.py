@@ -23,7 +23,13 @@ OFF = (
     *(f"wandb.log_{part}=false" for part in ("attention", "memory", "gradients", "quantization", "features")),
     "wandb.create_plots=false",
 )
-DEFAULT = ("wandb.offline=true", "wandb.log_every_n_steps=50", "wandb.attention_log_interval=100")
+DEFAULT = (
+    *("wandb.offline=true", "wandb.log_every_n_steps=50", "wandb.attention_log_interval=100"),
+    "attention_analysis.log_every_n_steps=100",
+)
+# An epoch of the bench's few captions is some ten steps, one of a whole corpus more than a thousand: pictures are made
+# once in the steps that are timed
+EPOCHS_BETWEEN_PICTURES = {"demo": 2, "bitmar-14m": 8}
 EVERYTHING = (
     *("wandb.offline=true", "wandb.log_every_n_steps=1", "wandb.attention_log_interval=1"),
     "attention_analysis.log_every_n_steps=1",
@@ -49,7 +55,8 @@ def cadence_rows(bench: Bench) -> Iterator[Row]:
     """The demo model and the 14M model, two ranks."""
     for recipe in ("demo",) if bench.quick else ("demo", "bitmar-14m"):
         configs = {
-            way: bench.config(recipe, f"{recipe}-{way}", "training.precision=fp32", *own) for way, own in WAYS.items()
+            way: bench.config(recipe, f"{recipe}-{way}", "training.precision=fp32", *own, *pictures(recipe))
+            for way, own in WAYS.items()
         }
         group = Group(_rank, 2, configs)
         for way, bar, steps, rounds in (
@@ -58,6 +65,12 @@ def cadence_rows(bench: Bench) -> Iterator[Row]:
         ):
             yield _row(bench, group, recipe, way, bar, steps, rounds)
         group.close()
+
+
+def pictures(recipe: str) -> tuple[str, str]:
+    """How often they are made."""
+    epochs = EPOCHS_BETWEEN_PICTURES[recipe]
+    return f"wandb.plot_every_n_epochs={epochs}", f"attention_analysis.viz_every_n_epochs={epochs}"
 
 
 def _row(bench: Bench, group: Group, recipe: str, way: str, bar: float, steps: int, rounds: int) -> Row:
@@ -71,7 +84,7 @@ def _row(bench: Bench, group: Group, recipe: str, way: str, bar: float, steps: i
         found.append((sides[0][0], sides[1][0], sides[0][0] / sides[1][0], sides[0][1] / sides[1][1]))
     ratios = [ratio for _, _, ratio, _ in found]
     meant = {
-        "default": "metrics every 50 steps, attention every 100",
+        "default": "metrics every 50 steps, attention every 100, pictures once",
         "everything": "metrics and attention at every step",
     }[way]
     return {
