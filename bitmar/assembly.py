@@ -15,8 +15,10 @@ from torch import Tensor
 
 from bitmar.config import Config, ConfigError, dump_config
 from bitmar.engine import checkpoint
-from bitmar.engine.checkpoint import CheckpointError, DamagedCheckpoint, Progress, Saver
+from bitmar.engine.checkpoint import Saver
 from bitmar.engine.faults import START_UP_S, Guard, Notice, Stopped
+from bitmar.engine.fragments import CheckpointError, DamagedCheckpoint
+from bitmar.engine.progress import Progress, checkpoint_directories, identity_of
 from bitmar.engine.retention import WordMilestones, milestones
 from bitmar.engine.world import World
 from bitmar.engine.zero import ZeroEngine, choose_precision
@@ -90,7 +92,7 @@ def assemble(
     model = build_model(config, shards, world)
     parameters, sizes = parameter_counts(model), parameter_sizes(model)
     start_up.mark("model")
-    identity = checkpoint.identity(config, shards.tokenizer_hash, shards.identity)
+    identity = identity_of(config, shards.tokenizer_hash, shards.identity)
     engine = ZeroEngine(model, config, world)
     start_up.mark("engine")
     begin("loading a checkpoint", world, guard)
@@ -240,7 +242,7 @@ def resume_or_start(
     wish, directory = config.checkpoint.resume, config.run_directory
     if world.is_first and not dry_run:
         checkpoint.remove_left_overs(directory)
-    found = world.broadcast_object(checkpoint.checkpoint_directories(directory))
+    found = world.broadcast_object(checkpoint_directories(directory))
     if wish == "auto" and found:
         return resume_newest(found, engine, identity, world, dry_run)
     if wish not in ("auto", "never"):

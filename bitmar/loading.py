@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bitmar.config import Config, load_config
-from bitmar.engine.checkpoint import FOLDER, Progress, checkpoint_directories
 from bitmar.engine.fragments import MEMORY_FILE, CheckpointError, read_parameters, read_state
+from bitmar.engine.progress import FOLDER, Progress, checkpoint_directories
 from bitmar.model.bitmar import BitMar
 from bitmar.model.memory import MemoryState
 

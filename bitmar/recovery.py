@@ -15,6 +15,7 @@ from bitmar.assembly import Run, await_milestones, open_loader
 from bitmar.batch import Batch
 from bitmar.engine import checkpoint
 from bitmar.engine.faults import TrainingError, is_spike, save_batches
+from bitmar.engine.progress import checkpoint_directories
 from bitmar.engine.step import StepResult
 from bitmar.observability.derived import History
 from bitmar.saving import tell_saved
@@ -77,7 +78,7 @@ def go_back(run: Run, left_out: list[int]) -> bool:
     """Restore the newest checkpoint that holds none of the steps `left_out` (counted from 0), and leave them out from
     now on. Where all are later, the oldest; where there is none, False and nothing changes."""
     tell_saved(run, run.saver.wait())
-    whole = checkpoint.checkpoint_directories(run.config.run_directory)
+    whole = checkpoint_directories(run.config.run_directory)
     before = [path for path in whole if checkpoint.read_state(path)["progress"]["step"] <= left_out[0]]
     chosen = run.world.broadcast_object((before[:1] or whole[-1:] or [None])[0])
     if chosen is None:

@@ -22,8 +22,8 @@ from bitmar import recovery
 from bitmar.assembly import Run, assemble
 from bitmar.batch import Batch
 from bitmar.config import Config, ConfigError, load_config
-from bitmar.engine.checkpoint import CheckpointError
 from bitmar.engine.faults import STOPPED, Guard, Notice, Stopped, TrainingError
+from bitmar.engine.fragments import CheckpointError
 from bitmar.engine.schedule import rates_at
 from bitmar.engine.step import StepResult, train_step
 from bitmar.engine.world import World, is_lost_peer, join_world, leave_world

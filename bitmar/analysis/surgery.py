@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from bitmar.config import Config, ConfigError, dump_config
-from bitmar.engine.checkpoint import FOLDER, Progress, identity_of_model
 from bitmar.engine.fragments import (
     KINDS,
     MEMORY_FILE,
@@ -39,6 +38,7 @@ from bitmar.engine.fragments import (
     write_fragments,
     write_state,
 )
+from bitmar.engine.progress import FOLDER, Progress, identity_of_model
 from bitmar.engine.retention import Keep
 from bitmar.head_names import HeadName
 from bitmar.loading import CONFIG_FILE, TOKENIZER_FILE

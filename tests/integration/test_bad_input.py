@@ -14,7 +14,7 @@ import pytest
 
 from bitmar import train
 from bitmar.config import ConfigError, load_config
-from bitmar.engine.checkpoint import CheckpointError
+from bitmar.engine.fragments import CheckpointError
 from bitmar.engine.world import World
 from tests.support.ranks import run_ranks
 from tests.support.runs import ROOT, recipe, write_recipe

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from bitmar.config import Config
-from bitmar.engine.checkpoint import checkpoint_directories
 from bitmar.engine.fragments import damage, read_parameters, read_state
+from bitmar.engine.progress import checkpoint_directories
 from bitmar.engine.world import World, join_world
 from bitmar.observability.records import EVENTS_FILE, read_lines
 from bitmar.train import TrainingError, train

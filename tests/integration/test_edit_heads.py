@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bitmar.config import load_config
-from bitmar.engine.checkpoint import checkpoint_directories
 from bitmar.engine.fragments import read_state
+from bitmar.engine.progress import checkpoint_directories
 from bitmar.engine.world import World
 from bitmar.loading import load_trained
 from bitmar.model.bitmar import BitMar

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from bitmar.analysis.heads import training_captions
 from bitmar.analysis.patterns import FIGURES, attention_of, visualize_attention
 from bitmar.config import ConfigError
-from bitmar.engine.checkpoint import checkpoint_directories
+from bitmar.engine.progress import checkpoint_directories
 from bitmar.engine.world import World
 from bitmar.loading import load_trained
 from bitmar.train import train

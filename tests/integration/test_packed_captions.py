@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bitmar.assembly import open_loader, open_shards
 from bitmar.config import Config
-from bitmar.engine.checkpoint import CheckpointError, Progress
+from bitmar.engine.fragments import CheckpointError
+from bitmar.engine.progress import Progress
 from bitmar.engine.world import World
 from bitmar.losses import contrastive_loss
 from bitmar.model.bitmar import Outputs

@@ -17,7 +17,8 @@ import torch
 
 from bitmar.assembly import assemble, open_loader
 from bitmar.config import ConfigError, load_config
-from bitmar.engine.checkpoint import CheckpointError, Progress, checkpoint_directories
+from bitmar.engine.fragments import CheckpointError
+from bitmar.engine.progress import Progress, checkpoint_directories
 from bitmar.engine.world import World
 from bitmar.observability.records import EVENTS_FILE, read_lines
 from bitmar.observability.schema import Layout, schema_of

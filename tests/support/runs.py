@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bitmar.config import Config, load_config
-from bitmar.engine.checkpoint import checkpoint_directories
 from bitmar.engine.fragments import KINDS, MEMORY_FILE, FragmentReader, read_generator, read_state, state_shapes
+from bitmar.engine.progress import checkpoint_directories
 from bitmar.observability.records import METRICS_FILE, read_lines
 from tests.support.batches import small_model
 

@@ -62,13 +62,15 @@ bitmar.losses
 bitmar.engine.schedule bitmar.engine.clock
 bitmar.engine.ds_config
 bitmar.engine.fragments
+bitmar.engine.progress
 bitmar.engine.retention
+bitmar.loading
 bitmar.engine.census
 bitmar.engine.zero
 bitmar.engine.step
 bitmar.engine.memory_plan
 bitmar.engine.checkpoint
-bitmar.engine.faults bitmar.loading
+bitmar.engine.faults
 bitmar.observability.schema
 bitmar.observability.stats
 bitmar.observability.features bitmar.observability.probes

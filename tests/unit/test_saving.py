@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from bitmar.config import CheckpointConfig, WandbConfig
-from bitmar.engine.checkpoint import Progress, Saved
+from bitmar.engine.checkpoint import Saved
+from bitmar.engine.progress import Progress
 from bitmar.engine.retention import WordMilestones
 from bitmar.observability.sinks import NullSink
 from bitmar.saving import mark_due, tell_saved

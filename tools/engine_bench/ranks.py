@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 from bitmar.assembly import build_model, open_loader, open_shards
 from bitmar.config import Config
-from bitmar.engine.checkpoint import Progress
+from bitmar.engine.progress import Progress
 from bitmar.engine.schedule import rates_at
 from bitmar.engine.step import train_step
 from bitmar.engine.world import World, free_port, join_world, leave_world

@@ -118,7 +118,7 @@ def bitlinear_row(bench: Bench) -> Row:
 
 def open_captions(config: Config, bench: Bench, world: World) -> Loader:
     """The training captions, to be asked for by step."""
-    from bitmar.engine.checkpoint import Progress
+    from bitmar.engine.progress import Progress
 
     return open_loader(config, bench.shards, Progress("none"), world)
 
