@@ -321,6 +321,11 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
     return _build(Config, raw, "")
 
 
+def model_from(raw: dict[str, Any]) -> ModelConfig:
+    """A model from the plain values of a recipe's section `model`. Raises ConfigError."""
+    return _build(ModelConfig, raw, "model.")
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal Config."""
     plain = dataclasses.asdict(config)

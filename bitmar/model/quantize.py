@@ -13,6 +13,7 @@ x_q w_q^T is a sum of whole numbers below 2^24, hence exact in fp32 whatever the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,8 +29,12 @@ def ternary_scale(
     weight: Float[Tensor, "O I"], sections: tuple[int, ...], factors: tuple[float, ...] = ()
 ) -> Float[Tensor, "O 1"]:
     """gamma of each output row: mean|W| over the row's section (one section is one matrix of the paper)."""
-    means = section_scales(weight, sections, factors)
-    rows = [mean.expand(size, 1) for mean, size in zip(means, sections, strict=True)]
+    return by_row(section_scales(weight, sections, factors), sections)
+
+
+def by_row(scales: Iterable[Float[Tensor, ""]], sections: tuple[int, ...]) -> Float[Tensor, "O 1"]:
+    """Each output row's gamma."""
+    rows = [scale.expand(size, 1) for scale, size in zip(scales, sections, strict=True)]
     return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
@@ -56,6 +61,15 @@ def quantize_activations(x: Float[Tensor, "N I"]) -> tuple[Float[Tensor, "N I"],
     return (x / step).round_(), step
 
 
+def rescaled(
+    y: Float[Tensor, "N O"], step: Float[Tensor, "N 1"], scale: Float[Tensor, "O 1"], sections: int
+) -> Float[Tensor, "N O"]:
+    """x_q w_q^T with both steps multiplied in; `y` is written over where its type allows."""
+    if sections > 1:
+        return y.mul_(step).mul_(scale.T) if y.dtype == step.dtype else (y * step).mul_(scale.T)
+    return y.mul_(step * scale[0]) if y.dtype == step.dtype else y * (step * scale[0])
+
+
 class _BitLinear(torch.autograd.Function):
     """y = x_q w_q^T * gamma * step; backward as if nothing had been rounded but with the rounded operands."""
 
@@ -67,11 +81,7 @@ class _BitLinear(torch.autograd.Function):
         w_q = ternary(weight, scale).to(dtype)
         x_q, step = quantize_activations(x)
         x_q = x_q.to(dtype)  # whole numbers up to 127 are exact in bf16 too
-        y = F.linear(x_q, w_q)
-        if len(sections) > 1:
-            y = y.mul_(step).mul_(scale.T) if y.dtype == step.dtype else (y * step).mul_(scale.T)
-        else:
-            y = y.mul_(step * scale[0]) if y.dtype == step.dtype else y * (step * scale[0])
+        y = rescaled(F.linear(x_q, w_q), step, scale, len(sections))
         # what the backward pass multiplies by: a CPU would convert for longer than it saves memory
         kept = w_q.mul_(scale) if kind == "cpu" else w_q.to(torch.int8)
         ctx.save_for_backward(x_q.mul_(step), kept, scale)

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 from safetensors import safe_open
 
+from bitmar.analysis.head_types import text_batch
 from bitmar.analysis.heads import training_captions
 from bitmar.analysis.patterns import FIGURES, attention_of, visualize_attention
 from bitmar.config import ConfigError
 from bitmar.engine.progress import checkpoint_directories
 from bitmar.engine.world import World
+from bitmar.export.packed import load_packed
 from bitmar.loading import load_trained
 from bitmar.train import train
 from tests.support.ranks import run_ranks
@@ -154,3 +157,22 @@ def test_vectors_that_do_not_fit(run: Path, tmp_path: Path) -> None:
         done = run_tool("attention_patterns.py", "--checkpoint", run, *arguments)
         assert done.returncode == 2
         assert "768 finite numbers would do" in done.stderr
+
+
+@pytest.mark.parametrize("bits", ["2", "1.6"])
+def test_a_run_is_exported_in_packed_form(run: Path, tmp_path: Path, bits: str) -> None:
+    for name in ("run", "pruned"):
+        out = tmp_path / f"{name}.safetensors"
+        done = run_tool("export.py", "packed", "--checkpoint", run.parent / name, "--out", out, "--bits", bits)
+        assert done.returncode == 0, done.stderr
+        loaded = load_trained(run.parent / name)
+        packed, memory = load_packed(out)
+        assert packed.config == loaded.config.model
+        assert torch.equal(memory.image_ids, loaded.memory.image_ids)
+        batch = text_batch(torch.arange(3, 20)[None], 768)
+        with torch.no_grad():
+            difference = packed(batch, memory).loss - loaded.model(batch, loaded.memory).loss
+        assert abs(float(difference)) < 0.05 * 17, "norms, gates and the embedding are rounded to bf16"
+    done = run_tool("export.py", "packed", "--checkpoint", tmp_path, "--out", out)
+    assert done.returncode == 2
+    assert "neither a run's folder" in done.stderr
