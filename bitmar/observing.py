@@ -26,7 +26,7 @@ from bitmar.observability.head_analysis import without_step
 from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import LATENTS, LOSS_NAMES, PARTS, TERNARY, title
 from bitmar.observability.stats import Statistics
-from bitmar.probing import ends_epoch, is_analysed, is_analysis_due
+from bitmar.probing import ends_epoch, is_analysis_due
 from bitmar.watch import Window
 from shards.loader import LoaderState
 from shards.rows import Rows
@@ -246,12 +246,13 @@ def log(run: Run) -> None:
         for name, counts in reduced.arrays.items():
             if "/Histogram_" in name:
                 run.sinks.histogram(run.progress.step, name, counts.tolist(), HISTOGRAM_EDGES.tolist())
-        hand_over(run, reduced.arrays)
+        assert w.last is not None, "there was a step since the last log"
+        hand_over(run, reduced.arrays, w.last[0])
     run.watch.clock.mark("Logging")
 
 
-def hand_over(run: Run, arrays: dict[str, np.ndarray]) -> None:
-    """Give the board what a log tells beside its numbers."""
+def hand_over(run: Run, arrays: dict[str, np.ndarray], state: LoaderState) -> None:
+    """Give the board what a log tells beside its numbers. `state`: of the step just done."""
     board, step = run.watch.board, run.progress.step
     if board is None:
         return
@@ -260,7 +261,7 @@ def hand_over(run: Run, arrays: dict[str, np.ndarray]) -> None:
         memory = {name: run.memory.tensors()[name].cpu().numpy().copy() for name in kept}
         board.take(step, arrays, memory or None)
     caption, run.watch.caption = run.watch.caption, None
-    if is_analysed(run):
+    if is_analysis_due(run, step, state):
         board.take_heads(step, arrays, run.config.attention_analysis, caption)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,19 @@ def test_a_run_that_goes_on_from_an_earlier_step_forgets_later_analyses(tmp_path
 
 def test_epochs_end_with_an_analysis(tmp_path: Path, tiny_shards: Path) -> None:
     options = ("attention_analysis.viz_every_n_epochs=1", "attention_analysis.log_every_n_steps=1000")
-    run_dir = run_recipe(tmp_path, tiny_shards, *options, "wandb.attention_log_interval=1000")
-    lines = [line for line in read_lines(run_dir / "metrics.jsonl") if "Data/Epoch_Progress" in line]
-    ends = {int(line[STEP_METRIC]) for line in lines if line["Data/Epoch_Progress"] == pytest.approx(1)}
-    assert ends
-    assert ends < {int(line[STEP_METRIC]) for line in lines}, "not every step is an epoch's last"
+    options += (
+        "wandb.attention_log_interval=1000",
+        "phases.2.steps=null",
+        "phases.2.epochs=2",
+        "phases.2.mix={pairs: 1}",
+    )
+    run_dir = run_recipe(tmp_path, tiny_shards, *options)
+    ends, before = set[int](), (0.0, 0)  # the phase, and its epochs that have ended
+    for line in read_lines(run_dir / "metrics.jsonl"):
+        if "Training/Epoch" in line:
+            at = line["Training/Phase"], math.floor(line["Training/Epoch"] + 1e-6)
+            ends |= {int(line[STEP_METRIC])} if at[1] > (before[1] if at[0] == before[0] else 0) else set()
+            before = at
+    assert len(ends) >= 2, ends
     assert {name for name in analysed(run_dir) if name.endswith("npz")} == {f"heads_step_{step}.npz" for step in ends}
     assert steps_with(run_dir, "Attention/Dead_Heads") == ends
