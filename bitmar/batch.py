@@ -148,6 +148,25 @@ class Batch:
                 values[f.name] = value.to(device, non_blocking=True)
         return cls(**(values | {"vision": values["vision"].float()}))  # shards hold float16, half as much to move
 
+    @classmethod
+    def of_text(cls, tokens: Int[Tensor, "B T"], vision_width: int) -> Batch:
+        """Rows of tokens of one length, without an image; each token's target is the next."""
+        rows, length = tokens.shape
+        none = torch.zeros(rows, dtype=torch.bool)
+        return cls(
+            tokens=tokens,
+            targets=torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE),
+            segments=torch.ones(rows, length, dtype=torch.int32),
+            positions=torch.arange(length, dtype=torch.int32).repeat(rows, 1),
+            vision=torch.zeros(rows, vision_width),
+            has_vision=none,
+            image_ids=torch.zeros(rows, dtype=torch.int64),
+            words=torch.full((rows,), length),
+            rows=torch.arange(rows),
+            valid=~none,
+            packed=False,
+        )
+
     @property
     def token_mask(self) -> Bool[Tensor, "B T"]:
         """Positions that hold a token of a row that counts."""

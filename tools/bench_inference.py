@@ -88,7 +88,6 @@ def resident(side: str, name: str, folder: Path) -> int:
     """Bytes of this process once it has run the model of a side, which it still holds."""
     held: Any = None
     if side != "torch":
-        from bitmar.analysis.head_types import text_batch
         from bitmar.export.packed import load_packed
         from bitmar.model.bitmar import BitMar
         from bitmar.model.memory import MemoryState
@@ -99,7 +98,7 @@ def resident(side: str, name: str, folder: Path) -> int:
         else:
             held = BitMar(config).eval(), MemoryState.empty(config.memory_size, config.episode_dim)
         model, memory = held
-        model(text_batch(torch.randint(3, config.vocab_size, (1, TOKENS)), config.vision_encoder_dim), memory)
+        model(Batch.of_text(torch.randint(3, config.vocab_size, (1, TOKENS)), config.vision_encoder_dim), memory)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return psutil.Process().memory_info().rss

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bitmar.analysis.heads import CAUSAL, existing_heads
-from bitmar.batch import IGNORE, Batch
+from bitmar.batch import Batch
 from bitmar.head_names import KINDS, HeadName
 from bitmar.model.attention import Heads
 from bitmar.model.bitmar import BitMar
@@ -220,7 +220,7 @@ def _induction(model: BitMar, memory: MemoryState, seed: int) -> dict[HeadName, 
     (prefix matching of Olsson et al. 2022, "In-context Learning and Induction Heads")."""
     generator = torch.Generator().manual_seed(seed)
     half = torch.randint(SPECIAL_TOKENS, model.config.vocab_size, (8, REPEATED), generator=generator)
-    batch = text_batch(torch.cat([half, half], 1), model.config.vision_encoder_dim)
+    batch = Batch.of_text(torch.cat([half, half], 1), model.config.vision_encoder_dim)
     shown = _each(model(batch, memory, heads=True).heads)
     second = torch.arange(REPEATED, 2 * REPEATED - 1)
     return {
@@ -228,22 +228,3 @@ def _induction(model: BitMar, memory: MemoryState, seed: int) -> dict[HeadName, 
         for head, of in shown.items()
         if head.kind in CAUSAL
     }
-
-
-def text_batch(tokens: Int[Tensor, "B T"], vision_width: int) -> Batch:
-    """Rows of tokens of one length, without an image."""
-    rows, length = tokens.shape
-    none = torch.zeros(rows, dtype=torch.bool)
-    return Batch(
-        tokens=tokens,
-        targets=torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE),
-        segments=torch.ones(rows, length, dtype=torch.int32),
-        positions=torch.arange(length, dtype=torch.int32).repeat(rows, 1),
-        vision=torch.zeros(rows, vision_width),
-        has_vision=none,
-        image_ids=torch.zeros(rows, dtype=torch.int64),
-        words=torch.full((rows,), length),
-        rows=torch.arange(rows),
-        valid=~none,
-        packed=False,
-    )

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from bitmar.analysis.head_types import text_batch
+from bitmar.batch import Batch
 from bitmar.config import ConfigError
 from bitmar.head_names import KINDS
 from bitmar.loading import Loaded, load_trained
@@ -61,7 +61,7 @@ def attention_of(loaded: Loaded, text: str, vector: Float[np.ndarray, "V"] | Non
     tokens = [BOS, *tokenizer.encode_batch([text]).tokens.tolist()]
     if not 1 < len(tokens) <= config.data.row_tokens:
         raise ConfigError(f"the text has {len(tokens) - 1} tokens; 1 to {config.data.row_tokens - 1} would do")
-    batch = text_batch(torch.tensor([tokens]), config.model.vision_encoder_dim)
+    batch = Batch.of_text(torch.tensor([tokens]), config.model.vision_encoder_dim)
     if vector is not None:
         if vector.shape != (config.model.vision_encoder_dim,) or not np.isfinite(vector).all():
             raise ConfigError(

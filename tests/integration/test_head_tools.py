@@ -11,9 +11,9 @@ import torch
 from matplotlib.image import imread
 from safetensors import safe_open
 
-from bitmar.analysis.head_types import text_batch
 from bitmar.analysis.heads import training_captions
 from bitmar.analysis.patterns import FIGURES, attention_of, visualize_attention
+from bitmar.batch import Batch
 from bitmar.config import ConfigError
 from bitmar.engine.progress import checkpoint_directories
 from bitmar.engine.world import World
@@ -169,7 +169,7 @@ def test_a_run_is_exported_in_packed_form(run: Path, tmp_path: Path, bits: str) 
         packed, memory = load_packed(out)
         assert packed.config == loaded.config.model
         assert torch.equal(memory.image_ids, loaded.memory.image_ids)
-        batch = text_batch(torch.arange(3, 20)[None], 768)
+        batch = Batch.of_text(torch.arange(3, 20)[None], 768)
         with torch.no_grad():
             difference = packed(batch, memory).loss - loaded.model(batch, loaded.memory).loss
         assert abs(float(difference)) < 0.05 * 17, "norms, gates and the embedding are rounded to bf16"
