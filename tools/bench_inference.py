@@ -88,6 +88,7 @@ def resident(side: str, name: str, folder: Path) -> int:
     """Bytes of this process once it has run the model of a side, which it still holds."""
     held: Any = None
     if side != "torch":
+        from bitmar.batch import Batch
         from bitmar.export.packed import load_packed
         from bitmar.model.bitmar import BitMar
         from bitmar.model.memory import MemoryState

@@ -42,6 +42,7 @@ from bitmar.engine.extensions import prepare_extensions
 from bitmar.engine.fragments import KINDS, Fragment
 from bitmar.engine.schedule import Rates
 from bitmar.engine.world import World
+from bitmar.model.attention import SelfAttention, attend
 from bitmar.model.bitmar import BitMar, Outputs, component_parameters
 from bitmar.model.blocks import Block
 from bitmar.model.memory import MemoryState
@@ -72,7 +73,7 @@ class ZeroEngine:
                 f"{path}: offload to NVMe needs libaio and a C++ compiler on every node (apt install libaio-dev g++)"
             )
         if config.engine.compile:
-            _compile_blocks(model, ds_config)
+            _compile_blocks(model, ds_config, world.device.type == "cpu")
         config.check_world(world.size)
         self.world = world
         self.stage: int = ds_config["zero_optimization"]["stage"]
@@ -367,7 +368,7 @@ class ZeroEngine:
                 parameter.register_hook(hook_for(component))
 
 
-def _compile_blocks(model: BitMar, ds_config: dict[str, Any]) -> None:
+def _compile_blocks(model: BitMar, ds_config: dict[str, Any], on_cpu: bool) -> None:
     """torch.compile of the transformer blocks, whose code is compiled once for all layers. Raises ConfigError.
 
     The memory and the packing of rows depend on values and would break every graph of the whole model.
@@ -380,7 +381,11 @@ def _compile_blocks(model: BitMar, ds_config: dict[str, Any]) -> None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise ConfigError(f"engine.compile needs a C++ compiler, and {compiler} is not there (apt install g++)")
+    # torch 2.13's compiler takes the first length's strides for those of all in the CPU kernel's backward pass
+    uncompiled: Any = torch.compiler.disable(attend)
     for module in model.modules():
+        if isinstance(module, SelfAttention) and on_cpu:
+            module.attend = uncompiled
         if isinstance(module, Block):
             module.compile()
 

@@ -8,7 +8,7 @@ Sub-norm and missing biases as in BitNet b1.58 2B4T (2025), section 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,15 +141,7 @@ def attend(
     is_causal: bool = False,
 ) -> Float[Tensor, "B H T E"]:
     """Fused scaled dot-product attention."""
-    if query.device.type == "cpu" and torch.compiler.is_compiling():
-        return _attend_uncompiled(query, key, value, attn_mask, is_causal)  # pyright: ignore[reportCallIssue]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
-
-
-@torch.compiler.disable
-def _attend_uncompiled(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """torch 2.13's compiler takes the first length's strides for those of all in the CPU kernel's backward pass."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
 
 
 class Shown:
@@ -216,6 +208,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: LayerHeads, quantized: bool) -> None:
         super().__init__()
         self.layer, self.heads = heads, len(heads.kept)
+        self.attend: Callable[..., Tensor] = attend  # which a compiled block has replaced, see bitmar/engine/zero.py
         inner = self.heads * (width // heads.whole)
         self.qkv = BitLinear(width, (inner, inner, inner), quantized, heads.scales[:3])
         self.sub_norm = RMSNorm(inner, of=width if heads.is_edited else None)
@@ -236,7 +229,7 @@ class SelfAttention(nn.Module):
         query, key = query_key.chunk(2, dim=1)
         causal = positions is not None and mask is None
         if shown is None:
-            mixed = attend(query, key, value, attn_mask=mask, is_causal=causal)
+            mixed = self.attend(query, key, value, attn_mask=mask, is_causal=causal)
         else:
             if causal:
                 mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, None]
@@ -251,7 +244,7 @@ class SelfAttention(nn.Module):
         mixed = []
         for turned, plain in chunks:  # n L 2 H E, n L 1 H E
             query, key, values = (part.transpose(1, 2) for part in (turned[:, :, 0], turned[:, :, 1], plain[:, :, 0]))
-            found = attend(query, key, values, is_causal=True)
+            found = self.attend(query, key, values, is_causal=True)
             mixed.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
         return packing.together(torch.cat(mixed))
 
