@@ -27,7 +27,7 @@ from bitmar.observability.probes import Caption
 from bitmar.watch_config import AttentionAnalysisConfig
 
 WAIT_S = 120.0  # for the last pictures, when a run ends
-DRAW_S = 600.0  # for all of them while it goes on: the drawing process gets what training leaves of the cores
+DRAW_S = 3600.0  # for all of them while it goes on: the drawing process gets what training leaves of the cores
 STOP_S = 5.0  # for what the thread still holds, when a run ends before its end
 PICTURE_FOLDERS = ("plots", FOLDER)  # in the run's, each drawn at a cadence of its own
 
