@@ -7,6 +7,7 @@ The trainer has them drawn by this command in a process of its own (bitmar/obser
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import threading
@@ -152,9 +153,13 @@ def end_without(parent: int) -> None:
 
 
 def yield_cores() -> None:
-    """Run only where no other process wants a core: training, which waits for its slowest rank, does."""
+    """Run only where no other process wants a core: training, which waits for its slowest rank, does.
+
+    Where the system has no such class, or a container refuses it, the low priority that it was started with remains.
+    """
     if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
