@@ -18,61 +18,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitmar.config import ConfigError, model_from
-from bitmar.engine.census import rounded_layers
 from bitmar.model.attention import CrossAttention, SelfAttention, head_mask
-from bitmar.model.bitmar import BitMar
+from bitmar.model.bitmar import BitMar, rounded_layers
 from bitmar.model.memory import MemoryState
-from bitmar.model.quantize import BitLinear, by_row, quantize_activations, rescaled
+from bitmar.model.packed import PLACES, Bits, PackedEmbedding, PackedLinear, pack
 
 FORMAT, VERSION = "bitmar-packed", "1"
-Bits = Literal["2", "1.6"]
-PLACES: dict[Bits, tuple[int, ...]] = {"2": (1, 4, 16, 64), "1.6": (1, 3, 9, 27, 81)}  # of the values in a byte
 SLOTS = "slots."  # before the names of the memory's tensors
 IN_BF16 = ("keys", "values")  # of the memory
-
-
-def pack(values: Float[Tensor, "O I"], bits: Bits) -> UInt8[Tensor, "O B"]:
-    """Ternary values as bytes."""
-    places = torch.tensor(PLACES[bits], dtype=torch.uint8)
-    digits = F.pad((values + 1).to(torch.uint8), (0, -values.shape[1] % len(places)), value=1)
-    return (digits.unflatten(1, (-1, len(places))) * places).sum(-1, dtype=torch.uint8)
-
-
-def unpack(packed: UInt8[Tensor, "O B"], inputs: int, bits: Bits) -> Float[Tensor, "O I"]:
-    """The values of `pack`, in fp32."""
-    base = PLACES[bits][1]
-    digits = packed[..., None] // torch.tensor(PLACES[bits], dtype=torch.uint8) % base
-    return digits.flatten(1)[:, :inputs].float() - 1
-
-
-class PackedLinear(nn.Module):
-    """A BitLinear whose weight stays packed: the same numbers come out, bit for bit."""
-
-    packed: UInt8[Tensor, "O B"]
-    scale: Float[Tensor, "S"]
-    bits: Bits
-
-    def __init__(self, layer: BitLinear, packed: UInt8[Tensor, "O B"], scale: Float[Tensor, "S"], bits: Bits) -> None:
-        super().__init__()
-        self.sections, self.inputs, self.bits = layer.sections, layer.weight.shape[1], bits
-        self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
-
-    def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
-        x_q, step = quantize_activations(x.reshape(-1, x.shape[-1]))
-        w_q = unpack(self.packed, self.inputs, self.bits)
-        y = rescaled(F.linear(x_q, w_q), step, by_row(self.scale, self.sections), len(self.sections))
-        return y.reshape(*x.shape[:-1], -1)
 
 
 def save_packed(model: BitMar, memory: MemoryState, path: Path, bits: Bits = "2") -> None:
@@ -114,6 +74,7 @@ def load_packed(path: Path) -> tuple[BitMar, MemoryState]:
         for name, layer in rounded_layers(model):
             packed, scale = (tensors.pop(f"{name}.weight.{part}") for part in ("packed", "scale"))
             model.set_submodule(name, PackedLinear(layer, packed, scale, bits))
+        model.set_submodule("embedding", PackedEmbedding(tensors.pop("embedding.weight"), model.embedding.output_scale))
         held = {name: tensors.pop(SLOTS + name) for name in MemoryState.empty(1, 1).tensors()}
         memory = MemoryState(**{name: t.float() if name in IN_BF16 else t for name, t in held.items()})
         found = model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=False, assign=True)
