@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -143,19 +142,22 @@ def test_a_batch_is_its_rows(sampling: Sampling, seeing: bool) -> None:
 
 def brute_force(model: BitMar, prompt: list[int], longest: int, penalty: float) -> Generated:
     """The best of all texts."""
-    vocabulary, memory = range(3, model.config.vocab_size), filled_memory(model.config)
-    best = None
-    for length in range(longest + 1):
-        for tokens in itertools.product(vocabulary, repeat=length):
-            ended = length < longest
-            total = 0.0
-            for place, token in enumerate((*tokens, EOS) if ended else tokens):
-                chances = possible(last_logits(model, memory, [*prompt, *tokens[:place]], None)[None])
-                total += float(chances[0, token])
-            worth = total / max(length + ended, 1) ** penalty
-            if best is None or worth > best[0]:
-                best = (worth, Generated(tokens, total, ended))
-    assert best is not None
+    memory = filled_memory(model.config)
+    best = (float("-inf"), Generated((), 0.0, False))
+
+    def go_on(tokens: tuple[int, ...], total: float) -> None:
+        nonlocal best
+        if len(tokens) == longest:
+            best = max(best, (total / longest**penalty, Generated(tokens, total, False)), key=lambda found: found[0])
+            return
+        chances = possible(last_logits(model, memory, [*prompt, *tokens], None)[None])[0].tolist()
+        ended = total + chances[EOS]
+        worth = ended / (len(tokens) + 1) ** penalty
+        best = max(best, (worth, Generated(tokens, ended, True)), key=lambda found: found[0])
+        for token in range(3, model.config.vocab_size):
+            go_on((*tokens, token), total + chances[token])
+
+    go_on((), 0.0)
     return best[1]
 
 
