@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bitmar.batch import Batch
 from bitmar.config import ConfigError
 from bitmar.generation.generate import Generated, generate, read_prompts
-from bitmar.generation.incremental import IncrementalReader
+from bitmar.generation.incremental import IncrementalReader, memory_reader
 from bitmar.generation.sampling import Sampling, choose, narrowed, possible
 from bitmar.model.bitmar import BitMar
 from bitmar.model.memory import MemoryState
@@ -30,9 +30,10 @@ def trained_like(seed: int = 3, **changes: object) -> BitMar:
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1 + 0.5 * torch.rand(p.shape)).add_(0.05 * torch.randn(p.shape))
-        model.memory["reader"].gate.fill_(1.0)
-        for layer in model.fusion.layers:
-            layer.gate.fill_(1.0)
+        memory_reader(model).gate.fill_(1.0)
+        for name, p in model.named_parameters():
+            if name.startswith("fusion") and name.endswith("gate"):
+                p.fill_(1.0)
     return model
 
 
