@@ -22,8 +22,7 @@ from bitmar.evaluation.scores import joined
 from bitmar.model.bitmar import BitMar
 from bitmar.model.quantize import BitLinear, quantize_activations
 from shards.tokenizer import BOS
-from tests.integration.test_every_metric import rows_of
-from tests.support.batches import VOCABULARY, caption_batch, filled_memory, logits_of, small_model
+from tests.support.batches import VOCABULARY, caption_batch, filled_memory, logits_of, rows_of, small_model
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 WIDTH = 24
