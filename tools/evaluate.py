@@ -33,8 +33,7 @@ from tools.ranks import on_ranks
 
 ALL = "all"
 FILES = (*FROM_FILES, "distractors")
-WITHOUT_SHARDS = FROM_FILES
-PLAIN_WIDTH = 130  # of the table where no terminal tells its own
+PLAIN_WIDTH = 150  # of the table where no terminal tells its own
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -72,14 +71,14 @@ def chosen_tasks(known: argparse.Namespace) -> list[str]:
 
 def evaluate(known: argparse.Namespace, world: World) -> None:
     """Run the tasks, and tell of them on rank 0."""
-    if known.max_samples < 1 or (known.threads is not None and known.threads < 1):
-        raise ConfigError("--max_samples and --threads must be > 0")
+    if known.max_samples < 1:
+        raise ConfigError(f"--max_samples must be > 0, got {known.max_samples}")
     tasks = chosen_tasks(known)
     run, _ = find_checkpoint(known.checkpoint)
-    shards = None
-    if any(task not in WITHOUT_SHARDS for task in tasks):
-        shards = known.shards or load_config(run / CONFIG_FILE).data.shards
     files = {name: getattr(known, name) for name in FILES if getattr(known, name) is not None}
+    shards = None
+    if any(task not in files for task in tasks):
+        shards = known.shards or load_config(run / CONFIG_FILE).data.shards
     subject = open_subject(known.checkpoint, shards, world, files, known.max_samples)
     scores, seconds = list[Score](), dict[str, float]()
     for task in tasks:

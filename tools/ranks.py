@@ -20,6 +20,8 @@ def on_ranks(work: Callable[[World], None], threads: int | None = None) -> int:
     """Do the work in the world that a launcher's environment describes, alone without one. The exit code: 0; 2 after a
     user's mistake, told in one line; 1 where another rank has gone."""
     try:
+        if threads is not None and threads < 1:
+            raise ValueError(f"--threads must be > 0, got {threads}")
         work(join_world(threads=threads))
     except (ValueError, OSError) as error:
         report(" ".join(str(error).split()))

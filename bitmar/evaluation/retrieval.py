@@ -124,15 +124,14 @@ def chance_median(candidates: int, own: Int[np.ndarray, "Q"]) -> int:
     low, high = 1, candidates
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if chance_within(middle, candidates, own) >= 0.5 else (middle + 1, high)
+        low, high = (low, middle) if chance_within(middle, candidates, own) >= 0.5 - 1e-9 else (middle + 1, high)
     return low
 
 
 def median_rank(ranks: Int[np.ndarray, "Q"], weights: np.ndarray) -> float:
-    """The least rank that at least half of the queries reach; `weights`: how often each counts."""
-    order = np.argsort(ranks, kind="stable")
-    reached = np.cumsum(weights[order])
-    return float(ranks[order][np.searchsorted(reached, reached[-1] / 2)])
+    """The least of `ranks`, which rise, that at least half of the queries reach; `weights`: how often each counts."""
+    reached = np.cumsum(weights)
+    return float(ranks[np.searchsorted(reached, reached[-1] / 2)])
 
 
 def retrieval_scores(ranks: Ranks) -> list[Score]:
@@ -150,8 +149,10 @@ def retrieval_scores(ranks: Ranks) -> list[Score]:
             table = joined(np.stack([found <= depth, np.ones(len(found))], axis=1), unit)
             chance = chance_within(depth, candidates, own)
             scores.append(scored(TASK, f"{way} R@{depth}", table, "image", chance))
-        draws = [median_rank(found, weights[unit]) for weights in resamples(images)]
-        value, chance = median_rank(found, np.ones(len(found))), float(chance_median(candidates, own))
+        order = np.argsort(found, kind="stable")
+        rising, of = found[order], unit[order]
+        draws = [median_rank(rising, weights[of]) for weights in resamples(images)]
+        value, chance = median_rank(rising, np.ones(len(rising))), float(chance_median(candidates, own))
         low, high = interval(np.array(draws))
         scores.append(Score(TASK, f"{way} median rank", value, low, high, chance, "image", images, "rank"))
     return scores

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bitmar.batch import Batch
@@ -151,14 +152,20 @@ def captioning(subject: Subject) -> list[Score]:
     sampling = Sampling(max_tokens=min(CAPTION_TOKENS, subject.limit - 1))
     for start in range(world.rank * BATCH, len(first), world.size * BATCH):
         numbers = range(start, min(start + BATCH, len(first)))
-        vectors = torch.from_numpy(np.stack([pairs.vector(int(first[n])) for n in numbers])).to(world.device)
+        vectors = stacked(pairs, first[start : start + BATCH].tolist()).to(world.device)
         prompts = [[BOS]] * len(numbers)
-        found = generate(subject.model, subject.memory, prompts, vectors.float(), sampling, subject.limit)
+        found = generate(subject.model, subject.memory, prompts, vectors, sampling, subject.limit)
         made |= {n: subject.tokenizer.decode(g.tokens) for n, g in zip(numbers, found, strict=True)}
     joined = dict(itertools.chain.from_iterable(part.items() for part in world.gather_objects(made)))
     scores, notes = caption_scores([joined[n] for n in range(len(first))], references)
     subject.notes.extend(notes)
     return scores
+
+
+def stacked(pairs: ValidationSet, chosen: Sequence[int]) -> Float[Tensor, "N V"]:
+    """The vectors of chosen captions."""
+    vectors = [pairs.vector(at) for at in chosen]
+    return torch.from_numpy(np.stack([vector for vector in vectors if vector is not None]))
 
 
 def minimal_pairs(subject: Subject) -> list[Score]:

@@ -94,9 +94,9 @@ def test_chance_is_that_of_all_orders() -> None:
 
 
 def test_the_median_is_the_least_rank_that_half_reach() -> None:
-    assert median_rank(np.array([7, 1, 3, 5]), np.ones(4)) == 3
-    assert median_rank(np.array([7, 1, 3]), np.ones(3)) == 3
-    assert median_rank(np.array([7, 1, 3]), np.array([5, 1, 0])) == 7
+    assert median_rank(np.array([1, 3, 5, 7]), np.ones(4)) == 3
+    assert median_rank(np.array([1, 3, 7]), np.ones(3)) == 3
+    assert median_rank(np.array([1, 3, 7]), np.array([1, 0, 5])) == 7
 
 
 def test_scores_of_ranks() -> None:
