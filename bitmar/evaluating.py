@@ -35,9 +35,7 @@ def evaluate(run: Run, forward: Forward, tables: Tables) -> dict[str, float]:
     )
     statistics = Statistics(select(schema_of(run.watch.layout), Cadence.EVALUATION), world.device)
     vocabulary, model = run.shards.vocab_size, run.engine.module
-    scores = evaluate_captions(
-        forward, model, captions, whole, tables, vocabulary, run.memory, world, statistics
-    )
+    scores = evaluate_captions(forward, model, captions, whole, tables, vocabulary, run.memory, world, statistics)
     if world.is_first:
         step = run.progress.step
         header = {"step": step, "words": run.progress.words + int(run.counted[0])}

@@ -37,9 +37,7 @@ PLAIN_WIDTH = 150  # of the table where no terminal tells its own
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="evaluate", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="evaluate", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run's folder or a checkpoint")
     parser.add_argument("--shards", metavar="DIR", help="whose validation split is scored; default: the run's own")
     parser.add_argument(

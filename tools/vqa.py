@@ -2,8 +2,8 @@
 
     python tools/vqa.py --checkpoint runs/demo --data vqa.jsonl [--memory off] [--out answers.jsonl]
 
-A line of --data: {"image": {"file": "vectors.npy", "row": 0}, "question": "...", "candidates": ["...", ...], "answer": 0},
-see bitmar/evaluation/items.py. A line of --out, in the same order: {"item": 1, "chosen": 0, "answer": 0,
+A line of --data: {"image": {"file": "vectors.npy", "row": 0}, "question": "...", "candidates": ["...", ...],
+"answer": 0}, see bitmar/evaluation/items.py. A line of --out, in the same order: {"item": 1, "chosen": 0, "answer": 0,
 "log_probabilities": [...]}. The likeliest candidate is chosen. Any number of ranks gives the same answers.
 Exit code 0: done; 2: a mistake in what was asked, or a damaged checkpoint, which is named.
 """

@@ -1,4 +1,4 @@
-"""What is cheap enough to be scored while a model trains: losses, retrieval over the whole validation split, rounding."""
+"""What is cheap enough to be scored while a model trains: losses, retrieval over all held-out pairs, rounding."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
     VQA             {"image": IMAGE, "question": "...", "candidates": ["...", ...], "answer": 0}
     Winoground      {"image_0": IMAGE, "image_1": IMAGE, "caption_0": "...", "caption_1": "..."}
 
-IMAGE is {"file": "vectors.npy", "row": 12}: a row of an array [N, V] of floats, or with "row" left out an array [V]; the
-file's place is told from the folder of the JSONL. Other keys are left alone. A line that is none of these is a
+IMAGE is {"file": "vectors.npy", "row": 12}: a row of an array [N, V] of floats, or without "row" an array [V]; the
+file is looked for from the folder of the JSONL on. Other keys are left alone. A line that is none of these is a
 DataError that names the file and the line.
 """
 

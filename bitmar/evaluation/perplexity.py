@@ -1,4 +1,4 @@
-"""Loss on held-out rows with the right image, another's or none; with the memory, without, and with its values mixed up.
+"""Loss on held-out rows with the right image, another's or none; with the memory, without, and with mixed-up values.
 
 A pass over rows gives a table of sums, a line a row, of which every rank fills those of its own batches: added up over
 ranks they are those of the whole set. Columns: nats, tokens, hits.

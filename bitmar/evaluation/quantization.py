@@ -56,7 +56,9 @@ def weight_scores(model: BitMar) -> list[Score]:
     for group, found in counts.items():
         total = int(found.sum())
         for name, count in zip(VALUES, found.tolist(), strict=True):
-            scores.append(fact(TASK, f"share of {name}, {group}", count / total, "weight", total, "fraction of weights"))
+            scores.append(
+                fact(TASK, f"share of {name}, {group}", count / total, "weight", total, "fraction of weights")
+            )
         shares = found[found > 0] / total
         bits = -(shares * np.log2(shares)).sum()
         scores.append(fact(TASK, f"entropy of a weight, {group}", float(bits), "weight", total, "bits"))

@@ -68,7 +68,8 @@ def gather_latents(
         first = batch.pair_mask & (batch.tokens[:, 0] == BOS)
         at = batch.rows[first]
         text[at], vision[at], ids[at] = outputs.text_latent[first], outputs.vision_latent[first], batch.image_ids[first]
-    assert text is not None and vision is not None, "a rank has a batch at least"
+    assert text is not None, "a rank has a batch at least"
+    assert vision is not None
     text, vision, ids = world.sum(text.float()), world.sum(vision.float()), world.sum(ids)  # each row is one rank's
     text, vision, ids = text[ids != 0], vision[ids != 0], ids[ids != 0]
     if not len(ids):

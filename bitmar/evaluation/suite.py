@@ -1,4 +1,4 @@
-"""The tasks of tools/evaluate.py by name: a trained model and what it is scored on -> scores, the same on every rank."""
+"""The tasks of tools/evaluate.py by name: a trained model and its data -> scores, the same on every rank."""
 
 from __future__ import annotations
 

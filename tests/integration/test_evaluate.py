@@ -60,9 +60,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(folder / "vectors.npy", np.random.default_rng(0).normal(size=(5, WIDTH)).astype(np.float32))
     np.save(folder / "wide.npy", np.zeros((5, WIDTH + 1), np.float32))
     write_lines(folder / "vqa.jsonl", questions())
-    good = [{"sentence_good": f"the dog {n} runs", "sentence_bad": f"dog the {n} run", "UID": "ab"[n % 2]} for n in range(6)]
+    good = [
+        {"sentence_good": f"the dog {n} runs", "sentence_bad": f"dog the {n} run", "UID": "ab"[n % 2]} for n in range(6)
+    ]
     write_lines(folder / "blimp.jsonl", good)
-    pairs = [{"image_0": {"file": "vectors.npy", "row": n}, "image_1": {"file": "vectors.npy", "row": n + 1}} for n in (0, 2)]
+    pairs = [
+        {"image_0": {"file": "vectors.npy", "row": n}, "image_1": {"file": "vectors.npy", "row": n + 1}} for n in (0, 2)
+    ]
     texts = {"caption_0": "a dog by the sea", "caption_1": "the sea by a dog"}
     write_lines(folder / "winoground.jsonl", [pair | texts for pair in pairs])
     return folder
@@ -83,7 +87,12 @@ def told(run: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> li
         for rank in range(size):
             where = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(size)}
             group = shell_environment(**where, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, DS_ACCELERATOR="cpu")
-            command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *flags(run, files, out), f"--local_rank={rank}"]
+            command = [
+                sys.executable,
+                str(ROOT / "tools" / "evaluate.py"),
+                *flags(run, files, out),
+                f"--local_rank={rank}",
+            ]
             ranks.append(subprocess.Popen(command, cwd=ROOT, env=group, stdout=-1, stderr=-1, text=True))
         said = [rank.communicate(timeout=300) for rank in ranks]
         assert [rank.returncode for rank in ranks] == [0] * size, said
@@ -127,9 +136,7 @@ def test_every_task_has_scores_with_intervals(told: list[tuple[dict[str, Any], s
     assert result["generated"] is True
 
 
-def test_scores_are_those_of_the_training_s_own_validation(
-    told: list[tuple[dict[str, Any], str]], run: Path
-) -> None:
+def test_scores_are_those_of_the_training_s_own_validation(told: list[tuple[dict[str, Any], str]], run: Path) -> None:
     found = by_name(told[0][0])
     logged = [line for line in metrics(run) if "Validation/Loss_Unrounded" in line]
     assert [line["Training/Step"] for line in logged] == [10, STEPS]
@@ -187,7 +194,10 @@ def test_mistakes_are_one_line(
         ([*checkpoint, "--tasks", "vqa"], "task vqa needs a file: --vqa"),
         ([*checkpoint, "--tasks", "perplexity", "--shards", str(other_shards)], "another tokenizer"),
         ([*checkpoint, "--tasks", "retrieval", "--shards", str(tmp_path)], str(tmp_path)),
-        ([*checkpoint, "--tasks", "vqa", "--vqa", str(files / "wide.jsonl")], "wide.jsonl:2: image: wide.npy has shape"),
+        (
+            [*checkpoint, "--tasks", "vqa", "--vqa", str(files / "wide.jsonl")],
+            "wide.jsonl:2: image: wide.npy has shape",
+        ),
         ([*checkpoint, "--tasks", "perplexity", "--max_samples", "0"], "--max_samples"),
         (["--checkpoint", str(tmp_path / "damaged"), "--tasks", "retrieval"], "parameters-00000.safetensors"),
         (["--checkpoint", str(tmp_path)], "neither a run's folder"),

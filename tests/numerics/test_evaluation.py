@@ -88,7 +88,9 @@ def told(values: Sequence[float]) -> Any:
 
 def of(*tokens: int, answer: int = 0, length: int = 1) -> Choice:
     image = Image(np.zeros(WIDTH, np.float32), 1)
-    made = (Candidate((token,) * (length if place == answer else 1), (), image, 2) for place, token in enumerate(tokens))
+    made = (
+        Candidate((token,) * (length if place == answer else 1), (), image, 2) for place, token in enumerate(tokens)
+    )
     return Choice(tuple(made), answer)
 
 

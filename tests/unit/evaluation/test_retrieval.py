@@ -108,7 +108,7 @@ def test_scores_of_ranks() -> None:
     assert found["image to text R@1"].value == 0.5
     assert found["image to text median rank"].value == 1
     assert found["text to image median rank"].value == 1
-    assert found["text to image R@1"].chance == 0.5
+    assert found["text to image R@1"].chance == pytest.approx(0.5)
     assert found["image to text R@1"].chance == pytest.approx((3 / 4 + 1 / 4) / 2)
     assert {score.unit for score in found.values()} == {"image"}
     assert found["text to image R@1"].low == pytest.approx(1 / 3), "both draws of image 0"

@@ -75,7 +75,10 @@ def test_rows_of_a_unit_are_added() -> None:
 
 def test_the_file_holds_every_field(tmp_path: Path) -> None:
     path = tmp_path / "evaluation" / "step_5.json"
-    scores = [fraction("t", "n", np.array([True, False]), "pair", 0.5), Score("t", "x", math.nan, None, None, None, "u", 1)]
+    scores = [
+        fraction("t", "n", np.array([True, False]), "pair", 0.5),
+        Score("t", "x", math.nan, None, None, None, "u", 1),
+    ]
     write_scores(path, {"step": 5}, scores, ["one note"])
     told = json.loads(path.read_text())
     assert (told["step"], told["notes"]) == (5, ["one note"])
