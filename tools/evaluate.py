@@ -33,7 +33,7 @@ from tools.ranks import on_ranks
 
 ALL = "all"
 FILES = (*FROM_FILES, "distractors")
-PLAIN_WIDTH = 150  # of the table where no terminal tells its own
+PLAIN_WIDTH = 160  # of the table where no terminal tells its own
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -117,10 +117,10 @@ def tell(subject: Subject, scores: list[Score], seconds: dict[str, float], path:
 
 def table_of(scores: Sequence[Score]) -> Table:
     """A line a score."""
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, justify in (("task", "left"), ("score", "left"), *((n, "right") for n in ("value", "95 %", "chance"))):
-        table.add_column(name, justify=justify, no_wrap=name != "score")  # type: ignore[arg-type]
-    table.add_column("measure")
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("measure", no_wrap=True)
     table.add_column("of", justify="right", no_wrap=True)
     last = None
     for s in scores:

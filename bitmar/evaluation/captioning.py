@@ -85,7 +85,7 @@ def _similarity(mine: tuple[list[Vector], int], other: tuple[list[Vector], int])
 
 def bleu_counts(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, "I 10"]:
     """What BLEU of a corpus is made from: matching n-grams (4), n-grams (4), lengths of caption and reference."""
-    metric = BLEU(lowercase=True)
+    metric = BLEU(lowercase=True, effective_order=True)  # which sentence_score asks for; the counts are the same
     rows = []
     for caption, texts in zip(captions, references, strict=True):
         found = metric.sentence_score(caption, list(texts))

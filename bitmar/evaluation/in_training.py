@@ -39,7 +39,7 @@ def evaluate_captions(
     units = captions.sample_of_row
     joined = whole_tables(tables | {("unrounded", ""): plain.table}, units, world)
     unrounded_table = joined.pop(("unrounded", ""))
-    scores = perplexity_scores(joined, vocabulary, "captions", "caption")
+    scores = perplexity_scores(joined, vocabulary, "", "caption")
     scores += loss_scores(joined[RIGHT], unrounded_table)
     right, closed = tables[RIGHT].sum(0), tables[CLOSED].sum(0)
     statistics.add("Validation/Loss_No_Vision", closed[0], closed[1])

@@ -32,6 +32,7 @@ NATS, TOKENS, HITS = range(3)  # columns
 RIGHT = ("right", "on")
 WAYS = (RIGHT, ("permuted", "on"), ("none", "on"), ("right", "off"), ("permuted", "off"), ("none", "off"))
 MIXED = ("right", "shuffled")
+SEEN = {"right": "right vision", "permuted": "permuted vision", "none": "no vision"}
 
 Forward = Callable[[Batch, MemoryState], Outputs]
 Way = tuple[str, str]
@@ -159,11 +160,10 @@ def perplexity_scores(
     tables: Mapping[Way, Float[np.ndarray, "U 3"]], vocabulary: int, what: str, unit: str
 ) -> list[Score]:
     """Loss, perplexity and token accuracy of each way, and what the image and the memory are worth, which is the loss
-    without them minus the loss with them. Chance is a uniform guess among `vocabulary` tokens."""
+    without them minus the loss with them. Chance is a uniform guess among `vocabulary` tokens. `what`: "" of captions."""
     scores = []
     for way, table in tables.items():
-        name = what if unit != "caption" else f"{what}, {way[0]} vision"
-        name = f"{name}, memory {way[1]}"
+        name = f"{what or SEEN[way[0]]}, memory {way[1]}"
         uniform = math.log(vocabulary)
         scores += [
             scored(TASK, f"loss, {name}", table, unit, uniform, measure="nats/token"),
@@ -179,7 +179,7 @@ def perplexity_scores(
     }
     for way, name in gains.items() if right is not None else ():
         if way in tables:
-            scores.append(difference(f"{name}, {what}", tables[way], tables[RIGHT], unit))
+            scores.append(difference(f"{name}, {what}" if what else name, tables[way], tables[RIGHT], unit))
     return scores
 
 

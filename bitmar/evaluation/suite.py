@@ -120,7 +120,7 @@ def open_subject(
 def perplexity(subject: Subject) -> list[Score]:
     scores, world = [], subject.world
     sets = (
-        (subject.pairs, (*WAYS, MIXED), "captions", "caption"),
+        (subject.pairs, (*WAYS, MIXED), "", "caption"),
         (subject.text, TEXT_WAYS, "text", "record"),
     )
     for held_out, ways, what, unit in sets:

@@ -161,12 +161,12 @@ def test_losses_of_captions(vision: bool) -> None:
 def test_scores_of_losses() -> None:
     """Two captions, of 4 and 6 tokens; the second without the image is 3 nats worse."""
     right, closed = np.array([[8.0, 4, 1], [12.0, 6, 2]]), np.array([[8.0, 4, 1], [15.0, 6, 2]])
-    found = {s.name: s for s in perplexity_scores({RIGHT: right, ("none", "on"): closed}, 50, "captions", "caption")}
-    loss = found["loss, captions, right vision, memory on"]
+    found = {s.name: s for s in perplexity_scores({RIGHT: right, ("none", "on"): closed}, 50, "", "caption")}
+    loss = found["loss, right vision, memory on"]
     assert (loss.value, loss.count, loss.chance) == (2.0, 2, pytest.approx(math.log(50)))
-    assert found["perplexity, captions, right vision, memory on"].value == pytest.approx(math.e**2)
-    assert found["token accuracy, captions, right vision, memory on"].value == pytest.approx(0.3)
-    gain = found["gain of the right image over none, captions"]
+    assert found["perplexity, right vision, memory on"].value == pytest.approx(math.e**2)
+    assert found["token accuracy, right vision, memory on"].value == pytest.approx(0.3)
+    gain = found["gain of the right image over none"]
     assert (gain.value, gain.low, gain.high) == (pytest.approx(0.3), 0.0, pytest.approx(0.5))
 
 
