@@ -160,7 +160,8 @@ def perplexity_scores(
     tables: Mapping[Way, Float[np.ndarray, "U 3"]], vocabulary: int, what: str, unit: str
 ) -> list[Score]:
     """Loss, perplexity and token accuracy of each way, and what the image and the memory are worth, which is the loss
-    without them minus the loss with them. Chance is a uniform guess among `vocabulary` tokens. `what`: "" of captions."""
+    without them minus the loss with them. Chance is a uniform guess among `vocabulary` tokens. `what`: "" of captions.
+    """
     scores = []
     for way, table in tables.items():
         name = f"{what or SEEN[way[0]]}, memory {way[1]}"
