@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bitmar.assembly import Run
 from bitmar.batch import Batch
-from bitmar.engine.census import rounded_layers
+from bitmar.model.bitmar import rounded_layers
 from bitmar.observability.features import (
     effective_rank,
     principal_plane,

@@ -1,4 +1,4 @@
-"""What a packed model saves: bytes of its file and resident memory, against the fp32 weights.
+"""What inference costs: bytes and resident memory of packed models, tokens a second with and without what saves time.
 
     python tools/bench_inference.py [--quick]      # --quick: the 14M recipe alone
 
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import gc
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,10 @@ from tools.machine import describe_machine
 ROOT = Path(__file__).resolve().parents[1]
 FILE_BARS = {"2": 12.0, "1.6": 15.0}  # times smaller, 120M, the embedding left out on both sides
 RESIDENT_BAR = 5.0  # times less, at 120M
-TOKENS = 32  # of the forward pass after which memory is measured
+TOKENS = 32  # read before memory is measured
+CACHE_BAR, CACHE_TOKENS = 5.0, 128  # times faster with the keys and values of the tokens before
+DECODE_BAR, DECODE_TOKENS = 1.5, 12  # times faster than nn.Linear in fp32, at 700M with one thread
+ROUNDS = 3
 SIDES = ("torch", "fp32", "packed")
 
 
@@ -40,9 +46,10 @@ def recipe(name: str) -> Any:
 
 def file_rows(name: str, folder: Path, barred: bool) -> Iterator[dict[str, Any]]:
     """Write packed files of a recipe's model, and compare their bytes."""
-    from bitmar.export.packed import PLACES, save_packed
+    from bitmar.export.packed import save_packed
     from bitmar.model.bitmar import BitMar, parameter_counts
     from bitmar.model.memory import MemoryState
+    from bitmar.model.packed import PLACES
 
     model = BitMar(recipe(name))
     counts = parameter_counts(model)
@@ -88,8 +95,8 @@ def resident(side: str, name: str, folder: Path) -> int:
     """Bytes of this process once it has run the model of a side, which it still holds."""
     held: Any = None
     if side != "torch":
-        from bitmar.batch import Batch
         from bitmar.export.packed import load_packed
+        from bitmar.generation.incremental import IncrementalReader
         from bitmar.model.bitmar import BitMar
         from bitmar.model.memory import MemoryState
 
@@ -99,10 +106,97 @@ def resident(side: str, name: str, folder: Path) -> int:
         else:
             held = BitMar(config).eval(), MemoryState.empty(config.memory_size, config.episode_dim)
         model, memory = held
-        model(Batch.of_text(torch.randint(3, config.vocab_size, (1, TOKENS)), config.vision_encoder_dim), memory)
+        reader = IncrementalReader(model, memory, torch.randn(1, config.vision_encoder_dim), 1, TOKENS)
+        for token in torch.randint(3, config.vocab_size, (TOKENS, 1, 1)):
+            reader.read(token)
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return psutil.Process().memory_info().rss
+
+
+def cache_row(name: str) -> dict[str, Any]:
+    """A text from an image, token by token, against reading all of it again for each token."""
+    from bitmar.generation.incremental import IncrementalReader
+    from bitmar.model.bitmar import BitMar
+    from bitmar.model.memory import MemoryState
+    from bitmar.model.packed import freeze
+
+    config = recipe(name)
+    model, memory = freeze(BitMar(config)), MemoryState.empty(config.memory_size, config.episode_dim)
+    vector, text = torch.randn(1, config.vision_encoder_dim), torch.randint(3, config.vocab_size, (1, CACHE_TOKENS))
+
+    def with_cache() -> None:
+        reader = IncrementalReader(model, memory, vector, 1, CACHE_TOKENS)
+        for place in range(CACHE_TOKENS):
+            reader.read(text[:, place : place + 1])
+
+    def without() -> None:
+        for end in range(1, CACHE_TOKENS + 1):
+            IncrementalReader(model, memory, vector, 1, end).read(text[:, :end])
+
+    ours, theirs = seconds(with_cache, without)
+    return rate_row(
+        f"generation of {CACHE_TOKENS} tokens with KV cache against without ({name})",
+        CACHE_TOKENS,
+        (ours, theirs),
+        CACHE_BAR,
+    )
+
+
+def decode_row(name: str, folder: Path) -> dict[str, Any]:
+    """Tokens a second of a packed model and of the same in fp32 without rounding, one thread, batch 1."""
+    from bitmar.export.packed import load_packed, save_packed
+    from bitmar.generation.incremental import IncrementalReader
+    from bitmar.model.bitmar import BitMar
+    from bitmar.model.memory import MemoryState
+
+    config = recipe(name)
+    memory = MemoryState.empty(config.memory_size, config.episode_dim)
+    save_packed(BitMar(config), memory, folder / "decode.safetensors")
+    packed, _ = load_packed(folder / "decode.safetensors")
+    plain = BitMar(dataclasses.replace(config, quantization=False, vision_quantization=False)).eval()
+    text = torch.randint(3, config.vocab_size, (1, DECODE_TOKENS))
+
+    def decode(model: BitMar) -> None:
+        reader = IncrementalReader(model, memory, None, 1, DECODE_TOKENS)
+        for place in range(DECODE_TOKENS):
+            reader.read(text[:, place : place + 1])
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ours, theirs = seconds(lambda: decode(packed), lambda: decode(plain))
+    torch.set_num_threads(threads)
+    return rate_row(
+        f"packed decode against nn.Linear in fp32, batch 1, 1 thread ({name})",
+        DECODE_TOKENS,
+        (ours, theirs),
+        DECODE_BAR,
+    )
+
+
+def seconds(ours: Callable[[], None], theirs: Callable[[], None]) -> tuple[float, float]:
+    """Medians of ROUNDS turns each, one after the other, behind one of each that does not count."""
+    took: tuple[list[float], list[float]] = ([], [])
+    for turn in range(ROUNDS + 1):
+        for work, times in zip((ours, theirs), took, strict=True):
+            begin = time.perf_counter()
+            work()
+            if turn:
+                times.append(time.perf_counter() - begin)
+    return statistics.median(took[0]), statistics.median(took[1])
+
+
+def rate_row(name: str, tokens: int, took: tuple[float, float], bar: float) -> dict[str, Any]:
+    ours, theirs = (tokens / s for s in took)
+    return {
+        "name": name,
+        "ours": round(ours, 1),
+        "theirs": round(theirs, 1),
+        "ratio": round(ours / theirs, 2),
+        "unit": "tokens/s",
+        "bar": f">= {bar:g}",
+        "ok": ours / theirs >= bar,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,8 +212,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("bitmar-14m",) if known.quick else ("bitmar-14m", "bitmar-120m"):
             barred = name == "bitmar-120m"
-            for row in (*file_rows(name, Path(folder), barred), resident_row(name, Path(folder), barred)):
+            for row in (
+                *file_rows(name, Path(folder), barred),
+                resident_row(name, Path(folder), barred),
+                cache_row(name),
+            ):
                 print(json.dumps(row | {"machine": machine}), flush=True)
+        if not known.quick:
+            print(json.dumps(decode_row("bitmar-700m", Path(folder)) | {"machine": machine}), flush=True)
     return 0
 
 

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bitmar.export.packed import PLACES, save_packed
+from bitmar.export.packed import save_packed
 from bitmar.loading import load_trained
 from bitmar.model.bitmar import parameter_counts
+from bitmar.model.packed import PLACES
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from bitmar.config import COMPONENTS
 from bitmar.engine.fragments import Fragment
-from bitmar.model.bitmar import BitMar
-from bitmar.model.quantize import BitLinear
+from bitmar.model.bitmar import BitMar, rounded_layers
 
 SAMPLE = 16  # one weight in so many is watched for flips
 BITS, A_BYTE = 2, 4  # of a ternary value, values in a byte
@@ -79,11 +78,6 @@ def matrices_of(model: BitMar) -> list[Matrix]:
             found.append(Matrix(label, name.split(".")[0], f"{name}.weight", start, stop))
             start = stop
     return found
-
-
-def rounded_layers(model: BitMar) -> list[tuple[str, BitLinear]]:
-    """The layers of a model whose weights are ternary, by name."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, BitLinear) and m.quantized]
 
 
 def scales_of(model: BitMar, device: torch.device) -> Float[Tensor, "M"]:

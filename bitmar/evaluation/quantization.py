@@ -16,11 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bitmar.batch import Batch
-from bitmar.engine.census import rounded_layers
 from bitmar.engine.world import World
 from bitmar.evaluation.perplexity import NATS, TOKENS, Forward, difference
 from bitmar.evaluation.scores import Score, fact, joined, scored
-from bitmar.model.bitmar import BitMar, parameter_sizes
+from bitmar.model.bitmar import BitMar, parameter_sizes, rounded_layers
 from bitmar.model.memory import MemoryState
 from bitmar.observability.probes import asked_positions, rounding_figures
 from shards.rows import Rows

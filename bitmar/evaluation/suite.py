@@ -24,7 +24,8 @@ from bitmar.evaluation.perplexity import MIXED, RIGHT, WAYS, Way, perplexity_sco
 from bitmar.evaluation.quantization import loss_scores, rounding_scores, rounding_tables, unrounded, weight_scores
 from bitmar.evaluation.retrieval import gather_latents, rank_all, retrieval_scores
 from bitmar.evaluation.scores import Score
-from bitmar.generation.generate import Sampling, generate
+from bitmar.generation.generate import generate
+from bitmar.generation.sampling import Sampling
 from bitmar.loading import Loaded, load_trained
 from bitmar.model.bitmar import BitMar, Outputs
 from bitmar.model.memory import MemoryState

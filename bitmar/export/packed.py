@@ -2,7 +2,8 @@
 
 Layout, for a reader in any language:
 
-    metadata      format "bitmar-packed", version "1", bits "2" or "1.6", config: the recipe's section `model` as JSON
+    metadata      format "bitmar-packed", version "1", bits "2" or "1.6", config: the recipe's section `model` as JSON,
+                  inputs: the columns of each ternary matrix, as JSON
     NAME.packed   uint8 [rows, bytes]: the ternary matrix NAME, each row to whole bytes. 2 bits: value + 1 in bits 0-1,
                   2-3, 4-5, 6-7 of a byte; 1.6 bits: the sum of (value + 1) 3^i, i = 0 to 4. What fills up a row's last
                   byte is the value 0
@@ -10,7 +11,7 @@ Layout, for a reader in any language:
     NAME          bf16: any other parameter
     slots.NAME    the episodic memory: keys and values bf16, the rest as it is
 
-A weight is its value times its section's gamma; both come back bit for bit.
+A weight is its value times its section's gamma; both come back bit for bit. README.md has a reader in numpy.
 """
 
 from __future__ import annotations
@@ -18,61 +19,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitmar.config import ConfigError, model_from
-from bitmar.engine.census import rounded_layers
 from bitmar.model.attention import CrossAttention, SelfAttention, head_mask
-from bitmar.model.bitmar import BitMar
+from bitmar.model.bitmar import BitMar, rounded_layers
 from bitmar.model.memory import MemoryState
-from bitmar.model.quantize import BitLinear, by_row, quantize_activations, rescaled
+from bitmar.model.packed import PLACES, Bits, PackedEmbedding, PackedLinear, pack
 
 FORMAT, VERSION = "bitmar-packed", "1"
-Bits = Literal["2", "1.6"]
-PLACES: dict[Bits, tuple[int, ...]] = {"2": (1, 4, 16, 64), "1.6": (1, 3, 9, 27, 81)}  # of the values in a byte
 SLOTS = "slots."  # before the names of the memory's tensors
 IN_BF16 = ("keys", "values")  # of the memory
-
-
-def pack(values: Float[Tensor, "O I"], bits: Bits) -> UInt8[Tensor, "O B"]:
-    """Ternary values as bytes."""
-    places = torch.tensor(PLACES[bits], dtype=torch.uint8)
-    digits = F.pad((values + 1).to(torch.uint8), (0, -values.shape[1] % len(places)), value=1)
-    return (digits.unflatten(1, (-1, len(places))) * places).sum(-1, dtype=torch.uint8)
-
-
-def unpack(packed: UInt8[Tensor, "O B"], inputs: int, bits: Bits) -> Float[Tensor, "O I"]:
-    """The values of `pack`, in fp32."""
-    base = PLACES[bits][1]
-    digits = packed[..., None] // torch.tensor(PLACES[bits], dtype=torch.uint8) % base
-    return digits.flatten(1)[:, :inputs].float() - 1
-
-
-class PackedLinear(nn.Module):
-    """A BitLinear whose weight stays packed: the same numbers come out, bit for bit."""
-
-    packed: UInt8[Tensor, "O B"]
-    scale: Float[Tensor, "S"]
-    bits: Bits
-
-    def __init__(self, layer: BitLinear, packed: UInt8[Tensor, "O B"], scale: Float[Tensor, "S"], bits: Bits) -> None:
-        super().__init__()
-        self.sections, self.inputs, self.bits = layer.sections, layer.weight.shape[1], bits
-        self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
-
-    def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
-        x_q, step = quantize_activations(x.reshape(-1, x.shape[-1]))
-        w_q = unpack(self.packed, self.inputs, self.bits)
-        y = rescaled(F.linear(x_q, w_q), step, by_row(self.scale, self.sections), len(self.sections))
-        return y.reshape(*x.shape[:-1], -1)
 
 
 def save_packed(model: BitMar, memory: MemoryState, path: Path, bits: Bits = "2") -> None:
@@ -88,7 +49,8 @@ def save_packed(model: BitMar, memory: MemoryState, path: Path, bits: Bits = "2"
     for name, tensor in memory.tensors().items():
         tensors[SLOTS + name] = tensor.bfloat16() if name in IN_BF16 else tensor
     config = json.dumps(dataclasses.asdict(model.config))
-    header = {"format": FORMAT, "version": VERSION, "bits": bits, "config": config}
+    inputs = json.dumps({f"{name}.weight": layer.weight.shape[1] for name, layer in ternary.items()})
+    header = {"format": FORMAT, "version": VERSION, "bits": bits, "config": config, "inputs": inputs}
     temporary = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, header)
     temporary.replace(path)
@@ -114,6 +76,7 @@ def load_packed(path: Path) -> tuple[BitMar, MemoryState]:
         for name, layer in rounded_layers(model):
             packed, scale = (tensors.pop(f"{name}.weight.{part}") for part in ("packed", "scale"))
             model.set_submodule(name, PackedLinear(layer, packed, scale, bits))
+        model.set_submodule("embedding", PackedEmbedding(tensors.pop("embedding.weight"), model.embedding.output_scale))
         held = {name: tensors.pop(SLOTS + name) for name in MemoryState.empty(1, 1).tensors()}
         memory = MemoryState(**{name: t.float() if name in IN_BF16 else t for name, t in held.items()})
         found = model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=False, assign=True)

@@ -50,14 +50,19 @@ def text_positions(
         rows = packing.apart(positions)[:, None]
     else:
         rows = positions if packed else torch.arange(length, device=positions.device)[None]
-    frequency = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
-    angle = rows[:, None, :, None].float() * frequency
-    angle = torch.cat([angle, angle], dim=-1)
+    angle = angles(rows, head_width, base)
     mask = None
     if packed and packing is None:
         causal = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
         mask = ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]
     return Positions(angle.cos(), angle.sin(), mask, packing)
+
+
+def angles(positions: Int[Tensor, "R T"], head_width: int, base: float) -> Float[Tensor, "R 1 T E"]:
+    """By what a head's numbers are turned at each position, in radians."""
+    frequency = base ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
+    angle = positions[:, None, :, None].float() * frequency
+    return torch.cat([angle, angle], dim=-1)
 
 
 def rotate(x: Float[Tensor, "*B E"], positions: Positions) -> Float[Tensor, "*B E"]:
@@ -196,7 +201,8 @@ def masked(x: Float[Tensor, "*B I"], mask: Float[Tensor, "I"] | None) -> Float[T
     return x if mask is None else x * mask
 
 
-def _split_heads(x: Float[Tensor, "B S D"], heads: int) -> Float[Tensor, "B H S E"]:
+def split_heads(x: Float[Tensor, "B S D"], heads: int) -> Float[Tensor, "B H S E"]:
+    """The numbers of each head, side by side in a layer's."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
@@ -222,7 +228,7 @@ class SelfAttention(nn.Module):
             assert shown is None, "heads are shown of unpacked rows"
             found = self._within_captions(self.qkv(x), positions, positions.packing)
             return self.output(self.sub_norm(masked(found, self.mask)))
-        parts = _split_heads(self.qkv(x), 3 * self.heads)
+        parts = split_heads(self.qkv(x), 3 * self.heads)
         mask, (query_key, value) = None, parts.split((2 * self.heads, self.heads), dim=1)
         if positions is not None:
             query_key, mask = rotate(query_key, positions), positions.mask
@@ -275,8 +281,8 @@ class CrossAttention(nn.Module):
             assert shown is None, "heads are shown of unpacked rows"
             found = self._within_captions(self.query(x), self.key_value(source), packing)
             return self.output(self.sub_norm(masked(found, self.mask)))
-        query = _split_heads(self.query(x), self.heads)
-        key, value = (_split_heads(part, self.heads) for part in self.key_value(source).chunk(2, dim=-1))
+        query = split_heads(self.query(x), self.heads)
+        key, value = (split_heads(part, self.heads) for part in self.key_value(source).chunk(2, dim=-1))
         if shown is None:
             mixed = attend(query, key, value)
         else:
@@ -289,7 +295,7 @@ class CrossAttention(nn.Module):
         chunks = zip(packing.split(packing.apart(query)), packing.split_captions(key_value), strict=True)
         mixed = []
         for asked, told in chunks:
-            key, value = (_split_heads(part, self.heads) for part in told.chunk(2, dim=-1))
-            found = attend(_split_heads(asked, self.heads), key, value)
+            key, value = (split_heads(part, self.heads) for part in told.chunk(2, dim=-1))
+            found = attend(split_heads(asked, self.heads), key, value)
             mixed.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
         return packing.together(torch.cat(mixed))

@@ -159,6 +159,11 @@ def component_parameters(model: BitMar) -> dict[str, list[tuple[str, nn.Paramete
     return groups
 
 
+def rounded_layers(model: BitMar) -> list[tuple[str, BitLinear]]:
+    """The layers of a model whose weights are ternary, by name."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, BitLinear) and m.quantized]
+
+
 def parameter_counts(model: BitMar) -> dict[str, int]:
     """Parameters by component; under ZeRO-3 call before the engine takes them apart."""
     return {name: _count(p for _, p in group) for name, group in component_parameters(model).items()}
@@ -177,9 +182,8 @@ class Sizes:
 def parameter_sizes(model: BitMar) -> Sizes:
     """Under ZeRO-3 call before the engine takes the parameters apart."""
     ternary = matrices = 0
-    for module in model.modules():
-        if isinstance(module, BitLinear) and module.quantized:
-            ternary, matrices = ternary + module.weight.numel(), matrices + len(module.sections)
+    for _, module in rounded_layers(model):
+        ternary, matrices = ternary + module.weight.numel(), matrices + len(module.sections)
     total = _count(model.parameters())
     packed = ternary // 4 + 4 * matrices
     return Sizes(4 * total, packed + 2 * (total - ternary), 4 * ternary, packed)

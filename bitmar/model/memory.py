@@ -100,7 +100,7 @@ def address(
     sharpness: Float[Tensor, "1"] | float,
     addressing: Addressing,
 ) -> Float[Tensor, "B T K"]:
-    """Weights over the slots; exactly 0 where not allowed.
+    """Weights over the slots, in the query's precision (fp32 or fp64); exactly 0 where not allowed.
 
     attention: softmax of sharpness x cosine over the allowed slots and a null slot of logit 0 (so a memory
     that has nothing to say, or is empty, returns nothing).
@@ -109,13 +109,13 @@ def address(
     (W = Z M0^+, M = W^+ Z), spans the same space as Z, so its read z M^+ M is the projection of z that these
     weights make where values are the keys; ours reads the values instead.
     """
-    query = F.normalize(query.float(), dim=-1)
-    keys = F.normalize(keys.float(), dim=-1) * allowed[..., None]
+    query = F.normalize(query, dim=-1)
+    keys = F.normalize(keys.to(query.dtype), dim=-1) * allowed[..., None]
     products = query @ keys.mT
     if addressing == "attention":
         logits = (products * sharpness).masked_fill(~allowed[:, None], float("-inf"))
         return torch.softmax(F.pad(logits, (0, 1)), dim=-1)[..., :-1]
-    gram = keys @ keys.mT + RIDGE * torch.eye(keys.shape[-2], device=keys.device)
+    gram = keys @ keys.mT + RIDGE * torch.eye(keys.shape[-2], device=keys.device, dtype=keys.dtype)
     factor = torch.linalg.cholesky(gram)
     return torch.cholesky_solve(products.mT, factor).mT
 
@@ -130,7 +130,7 @@ def read(
     """(value, weights). A reader never sees slots of its own image (id 0 has no image and sees all)."""
     own = (reader_ids[:, None] == state.image_ids) & (reader_ids != 0)[:, None]
     weights = address(query, state.keys[None], state.written & ~own, sharpness, addressing)
-    return weights @ state.values, weights
+    return weights @ state.values.to(weights.dtype), weights
 
 
 def read_packed(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +18,18 @@ from safetensors.torch import save_file
 
 from bitmar.analysis.surgery import Surgery, edit_parameters
 from bitmar.config import ConfigError
-from bitmar.engine.census import rounded_layers
-from bitmar.export.packed import PLACES, Bits, PackedLinear, load_packed, pack, save_packed, unpack
+from bitmar.export.packed import load_packed, save_packed
 from bitmar.head_names import parse_heads
-from bitmar.model.bitmar import BitMar
+from bitmar.model import packed as packed_layers
+from bitmar.model.bitmar import BitMar, rounded_layers
+from bitmar.model.kernel import COMPILERS, kernel
+from bitmar.model.packed import PLACES, Bits, PackedEmbedding, PackedLinear, RoundedLinear, freeze, pack, unpack
 from bitmar.model.quantize import BitLinear
+from bitmar.model.text import TokenEmbedding
+from bitmar.model_config import ModelConfig
 from tests.support.batches import caption_batch, filled_memory, logits_of, small_model, text_batch
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 BITS: tuple[Bits, ...] = ("2", "1.6")
 
 
@@ -84,7 +92,7 @@ def test_weights_come_back_bit_for_bit(tmp_path: Path, bits: Bits) -> None:
         mine = packed.get_submodule(name)
         assert isinstance(mine, PackedLinear)
         values, scale = layer.ternary_weight()
-        assert torch.equal(unpack(mine.packed, mine.inputs, bits), values)
+        assert torch.equal(unpack(mine.packed, mine.inputs, mine.bits), values)
         assert torch.equal(
             mine.scale.repeat_interleave(len(values) // len(layer.sections))[:, None], scale.expand(len(values), 1)
         )
@@ -109,6 +117,99 @@ def test_a_model_without_rounding_is_only_made_smaller(tmp_path: Path) -> None:
     save_packed(model, memory, tmp_path / "m.safetensors")
     packed, held = load_packed(tmp_path / "m.safetensors")
     assert torch.equal(logits_of(packed, caption_batch(), held), logits_of(rounded(model), caption_batch(), held))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_reader_in_the_readme_reads_it(tmp_path: Path, bits: Bits) -> None:
+    (block,) = re.findall(r"```python\n(.*?def read_packed.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(block.splitlines()) <= 30
+    there: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), there)
+    model, memory = trained_like(), filled_memory(small_model())
+    save_packed(model, memory, tmp_path / "m.safetensors", bits)
+    arrays, config = there["read_packed"](tmp_path / "m.safetensors")
+    assert ModelConfig(**config | {"masked_heads": (), "pruned_heads": ()}) == model.config
+    ternary = dict(rounded_layers(model))
+    for name, p in model.named_parameters():
+        layer = ternary.get(name.removesuffix(".weight"))
+        expected = p.detach().bfloat16().float()
+        if layer is not None:
+            values, scale = layer.ternary_weight()
+            expected = values * scale
+        assert torch.equal(torch.from_numpy(arrays[name].copy()), expected), name
+    assert torch.equal(torch.from_numpy(arrays["slots.values"].copy()), memory.values.bfloat16().float())
+
+
+needs_compiler = pytest.mark.skipif(kernel() is None, reason="no C++ compiler")
+
+
+def test_this_machine_has_a_kernel_where_it_has_a_compiler() -> None:
+    assert (kernel() is None) == (not any(map(shutil.which, COMPILERS)))
+
+
+@needs_compiler
+@settings(deadline=None)
+@given(
+    st.integers(1, 9),
+    st.one_of(st.integers(1, 40), st.integers(2000, 2500)),
+    st.lists(st.integers(1, 90), min_size=1, max_size=3),
+    st.integers(0, 2**31),
+)
+def test_the_kernel_gives_the_same_bits(tokens: int, inputs: int, sections: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    layer = BitLinear(inputs, tuple(sections))
+    packed = PackedLinear(layer, pack(layer.ternary_weight()[0], "2"), layer.section_scales(), "2")
+    x = torch.randn(tokens, inputs) * 10.0 ** torch.randint(-8, 9, (tokens, 1))
+    x[0] *= seed % 3 > 0
+    with torch.no_grad():
+        assert torch.equal(packed(x), layer(x))
+        assert torch.equal(packed.plain(x), layer(x))
+
+
+@needs_compiler
+def test_the_largest_sums_do_not_overflow() -> None:
+    """All weights 1 and all activations 127 or -127: the products of a register fill its 16 bits."""
+    layer = BitLinear(8192, 2)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        packed = PackedLinear(layer, pack(layer.ternary_weight()[0], "2"), layer.section_scales(), "2")
+        for x in (torch.ones(5, 8192), -torch.ones(5, 8192)):
+            assert torch.equal(packed(x), layer(x))
+
+
+@needs_compiler
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_numbers_that_are_none_come_out_as_such(odd: float) -> None:
+    layer = BitLinear(40, 3)
+    packed = PackedLinear(layer, pack(layer.ternary_weight()[0], "2"), layer.section_scales(), "2")
+    x = torch.ones(2, 40)
+    x[1, 7] = odd
+    y = packed(x)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 17])
+def test_the_embedding_in_bf16_gives_the_same_logits(tokens: int) -> None:
+    table = (0.02 * torch.randn(2100, 75)).bfloat16()
+    whole = TokenEmbedding(2100, 75)
+    with torch.no_grad():
+        whole.weight.copy_(table)
+    mine = PackedEmbedding(table, whole.output_scale)
+    ids, hidden = torch.randint(0, 2100, (2, tokens)), torch.randn(1, tokens, 75)
+    assert torch.equal(mine(ids), whole(ids))
+    torch.testing.assert_close(mine(hidden), whole(hidden), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_frozen_models_compute_what_trained_ones_do(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(packed_layers, "kernel", lambda: None)
+    model, memory = trained_like(), filled_memory(small_model())
+    expected = logits_of(model, caption_batch(), memory)
+    assert torch.equal(logits_of(freeze(model), caption_batch(), memory), expected)
+    kinds = {type(m) for m in model.modules()} & {BitLinear, PackedLinear, RoundedLinear}
+    assert kinds == {PackedLinear if compiled and kernel() is not None else RoundedLinear}
 
 
 def test_files_that_are_no_packed_model(tmp_path: Path) -> None:

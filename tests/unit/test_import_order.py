@@ -53,11 +53,12 @@ bitmar.config
 bitmar.engine.world
 bitmar.engine.extensions bitmar.engine.launcher bitmar.engine.watchdog
 bitmar.batch
-bitmar.model.quantize
+bitmar.model.quantize bitmar.model.kernel
 bitmar.model.attention
 bitmar.model.blocks bitmar.model.head
 bitmar.model.text bitmar.model.vision bitmar.model.fusion bitmar.model.memory
 bitmar.model.bitmar bitmar.model.flops
+bitmar.model.packed
 bitmar.losses
 bitmar.engine.schedule bitmar.engine.clock
 bitmar.engine.ds_config
@@ -87,6 +88,9 @@ bitmar.observability.console bitmar.observability.alerts
 bitmar.observability.wandb_panels
 bitmar.observability.wandb_sink
 bitmar.observability.sinks
+bitmar.generation.sampling
+bitmar.generation.incremental bitmar.generation.episodes
+bitmar.generation.generate
 bitmar.evaluation
 bitmar.export
 bitmar.watch

@@ -1,0 +1,191 @@
+"""What the memory recalls of pairs that it was shown once, asked by one modality alone.
+
+A pair is shown as an episode (bitmar/generation/episodes.py) and asked for by a cue: its image's vision tokens without
+any text, or its caption without any image; fusion, by which the text could see the image, takes no part. Which of N
+pairs the memory hands back is told in two ways:
+
+    slots       the pair whose slots the cue reads most
+    decoding    the pair whose caption is likeliest when every position of the text reads what the image's cue recalled;
+                log probabilities are counted from their mean over all cues, so that a caption likely in itself wins
+                nothing by it
+
+Ties count by expectation: where nothing was recalled, all N tie and each cue is worth 1/N.
+Shapes: N pairs, V width of the image vector, C episode width, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitmar.batch import Batch
+from bitmar.generation.episodes import pair_batch, remember
+from bitmar.generation.incremental import IncrementalReader, asked_memory, memory_reader
+from bitmar.generation.sampling import possible
+from bitmar.model.attention import text_positions
+from bitmar.model.bitmar import BitMar
+from bitmar.model.memory import MemoryState
+from bitmar.model.text import pooled
+from shards.loader import ShardSet, ValidationSet
+from shards.tokenizer import BOS, EOS
+
+Cue = Literal["image", "text"]
+CUES: tuple[Cue, ...] = ("image", "text")
+ALL = 1 << 20  # captions of a validation split
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Captions (with <bos>) and the vectors of their images, each of another image."""
+
+    captions: tuple[tuple[int, ...], ...]
+    vectors: Float[Tensor, "N V"]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def part(self, begin: int, end: int) -> Pairs:
+        return Pairs(self.captions[begin:end], self.vectors[begin:end])
+
+
+def held_out_pairs(shards: str | Path, most: int, row_tokens: int) -> Pairs:
+    """Up to `most` pairs of the validation split, one of each image. Raises DataError where it holds none."""
+    rows = ValidationSet(
+        ShardSet.open(str(shards)),
+        modality="pairs",
+        micro_batch=64,
+        row_tokens=row_tokens,
+        max_samples=ALL,
+        rank=0,
+        world=1,
+    )
+    found: dict[int, tuple[tuple[int, ...], Tensor]] = {}
+    for part in rows.batches():
+        batch = Batch.from_rows(part)
+        for row in batch.valid.nonzero()[:, 0].tolist():
+            caption = tuple(batch.tokens[row, : int(batch.segments[row].sum())].tolist())
+            if caption[0] == BOS:  # not the rest of one that was cut
+                found.setdefault(int(batch.image_ids[row]), (caption, batch.vision[row]))
+    chosen = [found[image] for image in sorted(found)][:most]  # ids are hashes: an order that means nothing
+    return Pairs(tuple(caption for caption, _ in chosen), torch.stack([vector for _, vector in chosen]))
+
+
+def hits(scores: Float[Tensor, "N N"]) -> Float[Tensor, "N"]:
+    """Whether row i's best is column i; among t best alike, 1/t."""
+    best = scores == scores.amax(1, keepdim=True)
+    return best.diagonal().double() / best.sum(1)
+
+
+@torch.no_grad()
+def cue_queries(model: BitMar, pairs: Pairs, cue: Cue) -> Float[Tensor, "N C"]:
+    """What each pair's image, or caption, asks the memory."""
+    batch, reader = pair_batch(pairs.captions, pairs.vectors), memory_reader(model)
+    if cue == "image":
+        asking = model.vision(batch.vision, batch.has_vision, False)[0].mean(1)
+    else:
+        config = model.config
+        width = config.width // config.heads
+        positions = text_positions(batch.positions, batch.segments, False, width, config.rotary_base)
+        hidden, _ = model.encoder(model.embedding(batch.tokens), positions, batch.token_mask, None, False)
+        asking = pooled(hidden, batch.token_mask, None)
+    return reader.query(reader.query_norm(asking))
+
+
+@torch.no_grad()
+def slot_scores(
+    model: BitMar, memory: MemoryState, slots: Sequence[int], pairs: Pairs, cue: Cue
+) -> Float[Tensor, "N N"]:
+    """How much cue i reads of the slot that took pair j; `slots`: of each pair, -1 where none holds it any more."""
+    _, weights = asked_memory(memory_reader(model), memory, cue_queries(model, pairs, cue)[:, None])
+    held = torch.tensor(slots)
+    return weights[:, 0, held.clamp(min=0)] * (held >= 0)
+
+
+@torch.no_grad()
+def decoding_scores(model: BitMar, memory: MemoryState, pairs: Pairs) -> Float[Tensor, "N N"]:
+    """Log probability of caption j when the memory is asked by image i, less its mean over images."""
+    count = len(pairs)
+    scores = torch.zeros(count, count, dtype=torch.float64)
+    for j, caption in enumerate(pairs.captions):
+        reader = IncrementalReader(model, memory, pairs.vectors, count, len(caption), by_image=True)
+        inputs, targets = torch.tensor(caption), torch.tensor([*caption[1:], EOS])
+        for token, target in zip(inputs, targets, strict=True):
+            seen = reader.read(token.expand(count, 1))
+            scores[:, j] += possible(seen.logits)[:, target]
+    return scores - scores.mean(0)
+
+
+def show(model: BitMar, memory: MemoryState, pairs: Pairs) -> tuple[MemoryState, tuple[int, ...]]:
+    """The memory after it was shown the pairs, and the slot of each: -1 where a later pair has taken it."""
+    memory, slots = remember(model, memory, pairs.captions, pairs.vectors)
+    return memory, tuple(slot if slot not in slots[place + 1 :] else -1 for place, slot in enumerate(slots))
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Hits of N pairs, each in [0, 1]; chance is 1/N."""
+
+    cue: Cue
+    shown: Float[Tensor, "N"]  # once, and nothing else
+    others: Float[Tensor, "N"]  # as many other pairs were shown
+    off: Float[Tensor, "N"]  # nothing was
+
+
+def recall_by_slots(model: BitMar, pairs: Pairs, others: Pairs, cue: Cue) -> Recall:
+    """Asked of an empty memory that was shown `pairs`, or `others`, or nothing."""
+    empty = MemoryState.empty(model.config.memory_size, model.config.episode_dim)
+    none = (-1,) * len(pairs)
+    states = [show(model, empty, pairs), (show(model, empty, others)[0], none), (empty, none)]
+    return Recall(cue, *(hits(slot_scores(model, state, slots, pairs, cue)) for state, slots in states))
+
+
+def recall_by_decoding(model: BitMar, pairs: Pairs, others: Pairs) -> Recall:
+    """The same, by the likeliest caption; always asked by the image."""
+    empty = MemoryState.empty(model.config.memory_size, model.config.episode_dim)
+    states = [show(model, empty, pairs)[0], show(model, empty, others)[0], empty]
+    return Recall("image", *(hits(decoding_scores(model, state, pairs)) for state in states))
+
+
+def counts_up_to(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return sorted({min(1 << power, most) for power in range(most.bit_length() + 1)})
+
+
+def recall_by_stored(model: BitMar, pairs: Pairs, cue: Cue) -> dict[int, Float[Tensor, "N"]]:
+    """Hits of the first n pairs when n were shown, each among these n: n -> hits."""
+    empty = MemoryState.empty(model.config.memory_size, model.config.episode_dim)
+    found = {}
+    for count in counts_up_to(len(pairs)):
+        memory, slots = show(model, empty, pairs.part(0, count))
+        found[count] = hits(slot_scores(model, memory, slots, pairs.part(0, count), cue))
+    return found
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """The first pairs after so many others have been shown as well."""
+
+    hits: Float[Tensor, "N"]  # among the first pairs
+    held: int  # of them, whose slot no later pair has taken
+    used: int  # slots that hold an episode, of the memory's
+
+
+def forgetting(model: BitMar, pairs: Pairs, others: Pairs, cue: Cue) -> dict[int, Forgetting]:
+    """How the recall of `pairs` falls while others are shown: number of others -> what is left."""
+    state = MemoryState.empty(model.config.memory_size, model.config.episode_dim)
+    state, slots = remember(model, state, pairs.captions, pairs.vectors)
+    found, done = {}, 0
+    for count in [0, *counts_up_to(len(others))] if len(others) else [0]:
+        more = others.part(done, count)
+        state, taken = remember(model, state, more.captions, more.vectors)
+        slots, done = (*slots, *taken), count
+        kept = tuple(s if s not in slots[i + 1 :] else -1 for i, s in enumerate(slots[: len(pairs)]))
+        scores = slot_scores(model, state, kept, pairs, cue)
+        found[count] = Forgetting(hits(scores), sum(s >= 0 for s in kept), int(state.written.sum()))
+    return found

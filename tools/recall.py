@@ -1,0 +1,168 @@
+"""What a trained model's memory recalls of pairs that it was shown once.
+
+    python tools/recall.py --checkpoint runs/demo --shards data/demo/shards
+    python tools/recall.py --checkpoint runs/demo --shards data/demo/shards --pairs 32 --out recall
+
+Held-out pairs of distinct images are written into an empty memory, one exposure each, and asked for by image alone and
+by caption alone (bitmar/evaluation/recall.py says how): recall by cue, against the number of episodes stored, after
+further episodes (forgetting), and how many slots are in use. Prints tables, and writes recall.json and recall.png into
+--out (default: evaluation/ in the run's folder). Exit code 0: done; 2: a mistake in what was asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bitmar.config_checks import require
+from bitmar.evaluation.recall import (
+    CUES,
+    Pairs,
+    forgetting,
+    held_out_pairs,
+    recall_by_decoding,
+    recall_by_slots,
+    recall_by_stored,
+)
+from bitmar.evaluation.scores import fraction
+from bitmar.loading import Loaded, load_trained
+from bitmar.model.packed import freeze
+from bitmar.observability import drawing as d
+
+DECODED = 64  # pairs at most whose captions are told apart by decoding, which takes N x N readings
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="recall", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run's folder or a checkpoint")
+    parser.add_argument("--shards", metavar="DIR", help="pairs of its validation split (default: the run's shards)")
+    parser.add_argument("--pairs", type=int, default=64, help="that are shown and asked for (default: 64)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/evaluation")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    known = parse(arguments)
+    try:
+        require(known.pairs > 1, f"--pairs must be > 1, got {known.pairs}")
+        loaded = load_trained(known.checkpoint)
+        data = loaded.config.data
+        wanted = 2 * known.pairs + loaded.config.model.memory_size  # others, too, until the memory has turned over
+        pairs = held_out_pairs(known.shards or data.shards, wanted, data.row_tokens)
+        require(
+            len(pairs) >= 2 * known.pairs,
+            f"--pairs {known.pairs} needs as many other images; the validation split has {len(pairs)} in all",
+        )
+        found = measured(loaded, pairs.part(0, known.pairs), pairs.part(known.pairs, len(pairs)))
+        out = known.out or loaded.run_directory / "evaluation"
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recall.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        draw(loaded, found, out / "recall.png")
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(report(found))
+    print(f"written: {out / 'recall.json'}, {out / 'recall.png'}")
+    return 0
+
+
+def measured(loaded: Loaded, pairs: Pairs, others: Pairs) -> dict[str, Any]:
+    """Shares in [0, 1] with their 95 % intervals (bootstrap over pairs), as JSON holds them."""
+    model, count = freeze(loaded.model), len(pairs)
+    again = others.part(0, count)
+    recalls = {f"{cue} cue, slots": recall_by_slots(model, pairs, again, cue) for cue in CUES}
+    few = min(count, DECODED)
+    recalls["image cue, decoding"] = recall_by_decoding(model, pairs.part(0, few), again.part(0, few))
+    return {
+        "step": loaded.progress.step,
+        "pairs": count,
+        "slots": model.config.memory_size,
+        "recall": {
+            name: {
+                "shown": share(found.shown),
+                "other pairs shown": share(found.others),
+                "memory off": share(found.off),
+            }
+            for name, found in recalls.items()
+        },
+        "by stored": {cue: {n: share(hits) for n, hits in recall_by_stored(model, pairs, cue).items()} for cue in CUES},
+        "forgetting": {
+            cue: {
+                n: share(left.hits) | {"held": left.held, "slots used": left.used}
+                for n, left in forgetting(model, pairs, others, cue).items()
+            }
+            for cue in CUES
+        },
+    }
+
+
+def share(hits: Tensor) -> dict[str, Any]:
+    score = fraction("memory", "recall", hits.numpy(), "pair", 1 / len(hits))
+    return {"value": score.value, "low": score.low, "high": score.high, "chance": score.chance}
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """The tables."""
+    lines = [
+        f"{found['pairs']} pairs shown once each to an empty memory of {found['slots']} slots, step {found['step']:,}"
+    ]
+    lines.append(f"{'recalled':24} {'shown':>22} {'other pairs shown':>22} {'memory off':>22} {'chance':>8}")
+    for name, row in found["recall"].items():
+        cells = [_told(row[state]) for state in ("shown", "other pairs shown", "memory off")]
+        lines.append(f"{name:24} {cells[0]:>22} {cells[1]:>22} {cells[2]:>22} {row['shown']['chance']:8.1%}")
+    for title, key in (("episodes stored", "by stored"), ("other pairs shown afterwards", "forgetting")):
+        lines.append(
+            f"{title:28} {'image cue':>22} {'text cue':>22}"
+            + ("  still held, slots used" if key == "forgetting" else "")
+        )
+        image, text = (found[key][cue] for cue in CUES)
+        for n in image:
+            held = f"{image[n]['held']:12}, {image[n]['slots used']}" if "held" in image[n] else ""
+            lines.append(f"{n:28} {_told(image[n]):>22} {_told(text[n]):>22}{held}")
+    return "\n".join(lines)
+
+
+def _told(share: Mapping[str, float]) -> str:
+    return f"{share['value']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
+
+
+@d.styled
+def draw(loaded: Loaded, found: Mapping[str, Any], path: Path) -> None:
+    """Recall against episodes stored, and while others follow."""
+    figure = d.new_figure(d.About(loaded.config.run.name, found["step"]), "Recall after one exposure", 5.2)
+    axes = figure.subplots(1, 2)
+    for axis, key, label in zip(
+        axes, ("by stored", "forgetting"), ("episodes stored", "other pairs shown afterwards"), strict=True
+    ):
+        for cue, colour in zip(CUES, (d.BLUE, d.RED), strict=True):
+            points = found[key][cue]
+            ns = [max(int(n), 0.5) for n in points]
+            axis.plot(ns, [100 * p["value"] for p in points.values()], color=colour, marker="o", label=f"{cue} cue")
+            edges = ([100 * p[edge] for p in points.values()] for edge in ("low", "high"))
+            axis.fill_between(ns, *edges, color=colour, alpha=0.15, linewidth=0)
+        chance = [100 * found["by stored"]["image"][n]["chance"] for n in found["by stored"]["image"]]
+        if key == "by stored":
+            axis.plot(ns, chance, color=d.GREY, linestyle="--", label="chance")
+        else:
+            axis.axhline(chance[-1], color=d.GREY, linestyle="--", label="chance")
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel(label)
+        axis.set_ylim(0, 102)
+        axis.yaxis.set_major_formatter(d.PERCENT)
+    axes[1].set_xticks([0.5, *axes[1].get_xticks()[2:]])
+    axes[0].set_ylabel("pairs recalled")
+    axes[0].legend()
+    d.save(figure, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
