@@ -152,7 +152,7 @@ def retrieval_scores(ranks: Ranks) -> list[Score]:
             scores.append(scored(TASK, f"{way} R@{depth}", table, "image", chance))
         order = np.argsort(found, kind="stable")
         rising, of = found[order], unit[order]
-        draws = [median_rank(rising, weights[of]) for weights in resamples(images)]
+        draws = [median_rank(rising, weights[of]) for drawn in resamples(images) for weights in drawn]
         value, chance = median_rank(rising, np.ones(len(rising))), float(chance_median(candidates, own))
         low, high = interval(np.array(draws))
         scores.append(Score(TASK, f"{way} median rank", value, low, high, chance, "image", images, "rank"))

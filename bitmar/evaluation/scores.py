@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 RESAMPLES, LEVEL, SEED = 1000, 0.95, 0
+TOGETHER = 2**20  # units that are drawn at a time
 FOLDER = "evaluation"  # in a run's
 
 Statistic = Callable[[np.ndarray], np.ndarray]  # sums [R, C] -> values [R]
@@ -54,14 +55,17 @@ def exp_ratio(sums: Float[np.ndarray, "R C"]) -> Float[np.ndarray, "R"]:
 
 def resampled(table: Float[np.ndarray, "U C"], draws: int = RESAMPLES, seed: int = SEED) -> Float[np.ndarray, "R C"]:
     """The columns' sums of each draw of U units with replacement; the same seed draws the same units."""
-    return np.stack([weights @ table for weights in resamples(len(table), draws, seed)])
+    return np.concatenate([weights @ table for weights in resamples(len(table), draws, seed)])
 
 
-def resamples(units: int, draws: int = RESAMPLES, seed: int = SEED) -> Iterable[Int[np.ndarray, "U"]]:
-    """How often each unit was drawn, draw after draw."""
+def resamples(units: int, draws: int = RESAMPLES, seed: int = SEED) -> Iterator[Int[np.ndarray, "_ U"]]:
+    """How often each unit was drawn, some draws at a time."""
     generator = np.random.default_rng(seed)
-    for _ in range(draws):
-        yield np.bincount(generator.integers(0, units, units), minlength=units)
+    together = max(1, min(draws, TOGETHER // units))
+    for begin in range(0, draws, together):
+        count = min(together, draws - begin)
+        drawn = generator.integers(0, units, (count, units)) + units * np.arange(count)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=count * units).reshape(count, units)
 
 
 def interval(values: Float[np.ndarray, "R"]) -> tuple[float | None, float | None]:
