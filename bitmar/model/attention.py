@@ -67,6 +67,8 @@ def angles(positions: Int[Tensor, "R T"], head_width: int, base: float) -> Float
 
 def rotate(x: Float[Tensor, "*B E"], positions: Positions) -> Float[Tensor, "*B E"]:
     """Rotary embedding (Su et al. 2021), halves convention."""
+    if not torch.is_grad_enabled():
+        return _turn(x, positions.cos, positions.sin, 1)
     return _Rotation.apply(x, positions.cos, positions.sin)  # type: ignore[return-value]
 
 

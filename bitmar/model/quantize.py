@@ -163,8 +163,19 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N I"]:
         if x.device.type == "cpu" or self.of is not None:  # torch's CPU takes a pass over memory for each operation
+            if not torch.is_grad_enabled():  # a call of an autograd.Function takes as long as all of this
+                return _normed(x.float(), self.weight, self.of)[0]
             return _RMSNorm.apply(x.float(), self.weight, self.of)  # type: ignore[return-value]
         return super().forward(x.float())
+
+
+def _normed(x: Tensor, weight: Tensor, of: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, the rows of x, r of each)"""
+    flat, count = x.reshape(-1, x.shape[-1]), of or x.shape[-1]
+    dtype = None if of is None else torch.float64
+    squares = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=dtype).square_()
+    root = squares.div_(count).add_(EPS).rsqrt_().float()
+    return (flat * root).mul_(weight).view(x.shape), flat, root
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -172,13 +183,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, of: int | None) -> Tensor:
-        flat, count = x.reshape(-1, x.shape[-1]), of or x.shape[-1]
-        dtype = None if of is None else torch.float64
-        squares = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=dtype).square_()
-        root = squares.div_(count).add_(EPS).rsqrt_().float()
+        y, flat, root = _normed(x, weight, of)
         ctx.save_for_backward(flat, root, weight)
-        ctx.count = count
-        return (flat * root).mul_(weight).view(x.shape)
+        ctx.count = of or x.shape[-1]
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
