@@ -135,7 +135,12 @@ def cache_row(name: str) -> dict[str, Any]:
             IncrementalReader(model, memory, vector, 1, end).read(text[:, :end])
 
     ours, theirs = seconds(with_cache, without)
-    return rate_row(f"generation of {CACHE_TOKENS} tokens with KV cache against without ({name})", CACHE_TOKENS, (ours, theirs), CACHE_BAR)
+    return rate_row(
+        f"generation of {CACHE_TOKENS} tokens with KV cache against without ({name})",
+        CACHE_TOKENS,
+        (ours, theirs),
+        CACHE_BAR,
+    )
 
 
 def decode_row(name: str, folder: Path) -> dict[str, Any]:
@@ -161,7 +166,12 @@ def decode_row(name: str, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     ours, theirs = seconds(lambda: decode(packed), lambda: decode(plain))
     torch.set_num_threads(threads)
-    return rate_row(f"packed decode against nn.Linear in fp32, batch 1, 1 thread ({name})", DECODE_TOKENS, (ours, theirs), DECODE_BAR)
+    return rate_row(
+        f"packed decode against nn.Linear in fp32, batch 1, 1 thread ({name})",
+        DECODE_TOKENS,
+        (ours, theirs),
+        DECODE_BAR,
+    )
 
 
 def seconds(ours: Callable[[], None], theirs: Callable[[], None]) -> tuple[float, float]:
@@ -202,7 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("bitmar-14m",) if known.quick else ("bitmar-14m", "bitmar-120m"):
             barred = name == "bitmar-120m"
-            for row in (*file_rows(name, Path(folder), barred), resident_row(name, Path(folder), barred), cache_row(name)):
+            for row in (
+                *file_rows(name, Path(folder), barred),
+                resident_row(name, Path(folder), barred),
+                cache_row(name),
+            ):
                 print(json.dumps(row | {"machine": machine}), flush=True)
         if not known.quick:
             print(json.dumps(decode_row("bitmar-700m", Path(folder)) | {"machine": machine}), flush=True)

@@ -3,7 +3,8 @@ r"""Text from a trained model: of an image's vector, of a prompt, of both or of 
     python tools/generate.py --checkpoint runs/demo --vector image.npy
     python tools/generate.py --checkpoint runs/demo --vector image.npy --prompt "a dog" --beams 4
     python tools/generate.py --checkpoint runs/demo --temperature 0.8 --top_p 0.95 --seed 3 --count 5
-    python tools/generate.py --checkpoint runs/demo --vector rex.npy --prompt "rex the dog" --write_episode rex.safetensors
+    python tools/generate.py --checkpoint runs/demo --vector rex.npy --prompt "rex the dog" \
+        --write_episode rex.safetensors
     python tools/generate.py --checkpoint runs/demo --vector rex.npy --memory rex.safetensors
 
 --vector takes a .npy of one vector, or of several in rows, which make a text each. --memory off reads an empty memory;
@@ -77,7 +78,9 @@ def texts_of(loaded: Loaded, known: argparse.Namespace) -> list[str]:
         vectors = vectors.repeat_interleave(known.count, 0)
     memory = memory_of(loaded, known.memory)
     if known.write_episode is not None:
-        require(vectors is not None and known.prompt and count == 1, "--write_episode needs one --vector and a --prompt")
+        require(
+            vectors is not None and known.prompt and count == 1, "--write_episode needs one --vector and a --prompt"
+        )
         memory, (slot,) = remember(model, memory, [prompt], vectors)  # type: ignore[arg-type]
         save_memory(memory, known.write_episode)
         print(f"remembered in slot {slot}: {known.write_episode}", file=sys.stderr)

@@ -94,9 +94,7 @@ def measured(loaded: Loaded, pairs: Pairs, others: Pairs) -> dict[str, Any]:
             }
             for name, found in recalls.items()
         },
-        "by stored": {
-            cue: {n: share(hits) for n, hits in recall_by_stored(model, pairs, cue).items()} for cue in CUES
-        },
+        "by stored": {cue: {n: share(hits) for n, hits in recall_by_stored(model, pairs, cue).items()} for cue in CUES},
         "forgetting": {
             cue: {
                 n: share(left.hits) | {"held": left.held, "slots used": left.used}
@@ -114,13 +112,18 @@ def share(hits: Tensor) -> dict[str, Any]:
 
 def report(found: Mapping[str, Any]) -> str:
     """The tables."""
-    lines = [f"{found['pairs']} pairs shown once each to an empty memory of {found['slots']} slots, step {found['step']:,}"]
+    lines = [
+        f"{found['pairs']} pairs shown once each to an empty memory of {found['slots']} slots, step {found['step']:,}"
+    ]
     lines.append(f"{'recalled':24} {'shown':>22} {'other pairs shown':>22} {'memory off':>22} {'chance':>8}")
     for name, row in found["recall"].items():
         cells = [_told(row[state]) for state in ("shown", "other pairs shown", "memory off")]
         lines.append(f"{name:24} {cells[0]:>22} {cells[1]:>22} {cells[2]:>22} {row['shown']['chance']:8.1%}")
     for title, key in (("episodes stored", "by stored"), ("other pairs shown afterwards", "forgetting")):
-        lines.append(f"{title:28} {'image cue':>22} {'text cue':>22}" + ("  still held, slots used" if key == "forgetting" else ""))
+        lines.append(
+            f"{title:28} {'image cue':>22} {'text cue':>22}"
+            + ("  still held, slots used" if key == "forgetting" else "")
+        )
         image, text = (found[key][cue] for cue in CUES)
         for n in image:
             held = f"{image[n]['held']:12}, {image[n]['slots used']}" if "held" in image[n] else ""

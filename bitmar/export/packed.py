@@ -2,7 +2,8 @@
 
 Layout, for a reader in any language:
 
-    metadata      format "bitmar-packed", version "1", bits "2" or "1.6", config: the recipe's section `model` as JSON
+    metadata      format "bitmar-packed", version "1", bits "2" or "1.6", config: the recipe's section `model` as JSON,
+                  inputs: the columns of each ternary matrix, as JSON
     NAME.packed   uint8 [rows, bytes]: the ternary matrix NAME, each row to whole bytes. 2 bits: value + 1 in bits 0-1,
                   2-3, 4-5, 6-7 of a byte; 1.6 bits: the sum of (value + 1) 3^i, i = 0 to 4. What fills up a row's last
                   byte is the value 0
@@ -10,7 +11,7 @@ Layout, for a reader in any language:
     NAME          bf16: any other parameter
     slots.NAME    the episodic memory: keys and values bf16, the rest as it is
 
-A weight is its value times its section's gamma; both come back bit for bit.
+A weight is its value times its section's gamma; both come back bit for bit. README.md has a reader in numpy.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def save_packed(model: BitMar, memory: MemoryState, path: Path, bits: Bits = "2"
     for name, tensor in memory.tensors().items():
         tensors[SLOTS + name] = tensor.bfloat16() if name in IN_BF16 else tensor
     config = json.dumps(dataclasses.asdict(model.config))
-    header = {"format": FORMAT, "version": VERSION, "bits": bits, "config": config}
+    inputs = json.dumps({f"{name}.weight": layer.weight.shape[1] for name, layer in ternary.items()})
+    header = {"format": FORMAT, "version": VERSION, "bits": bits, "config": config, "inputs": inputs}
     temporary = path.with_name(f".{path.name}.partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, header)
     temporary.replace(path)

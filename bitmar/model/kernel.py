@@ -33,7 +33,11 @@ class Kernel:
         self._bitlinear.restype = self._bf16_linear.restype = None
 
     def bitlinear(
-        self, x: Float[Tensor, "N I"], packed: UInt8[Tensor, "O B"], scale: Float[Tensor, "S"], sections: Int[Tensor, "S"]
+        self,
+        x: Float[Tensor, "N I"],
+        packed: UInt8[Tensor, "O B"],
+        scale: Float[Tensor, "S"],
+        sections: Int[Tensor, "S"],
     ) -> Float[Tensor, "N O"]:
         """BitLinear with its weight packed in 2 bits; the same bits as in PyTorch."""
         x = x.detach().contiguous()

@@ -15,7 +15,10 @@ import pytest
 from bitmar.analysis.heads import check_rankings, held_out, measure_heads, ranked
 from bitmar.config import load_config
 from bitmar.engine.world import World
+from bitmar.evaluation.recall import held_out_pairs, recall_by_decoding, recall_by_slots
+from bitmar.evaluation.scores import fraction
 from bitmar.loading import load_trained
+from bitmar.model.packed import freeze
 from bitmar.train import train
 from tests.support.data import pairs_shards
 from tests.support.ranks import run_ranks
@@ -86,3 +89,26 @@ def test_the_heads_that_the_gate_gradient_names_are_missed_most(learned: tuple[P
     print(check)
     assert check.heads == 3
     assert check.top["gate"] > np.mean(check.random)
+
+
+@pytest.mark.slow
+def test_the_memory_recalls_pairs_that_it_was_shown_once(learned: tuple[Path, Path, str]) -> None:
+    """64 pairs of unseen images, asked for by the image alone while fusion sees none: above chance once they were
+    shown, at chance with an empty memory and where 64 other pairs were shown."""
+    runs, shards, _ = learned
+    trained = load_trained(runs / "longer")
+    pairs = held_out_pairs(shards, 128, 48)
+    assert len(pairs) == 128
+    shown, others = pairs.part(0, 64), pairs.part(64, 128)
+    model = freeze(trained.model)
+    for found in (recall_by_slots(model, shown, others, "image"), recall_by_decoding(model, shown, others)):
+        scores = {
+            name: fraction("memory", name, getattr(found, name).numpy(), "pair", 1 / 64)
+            for name in ("shown", "others", "off")
+        }
+        print(scores)
+        assert scores["shown"].low is not None
+        assert scores["others"].low is not None
+        assert scores["shown"].low > 1 / 64
+        assert scores["others"].low <= 1 / 64
+        assert scores["off"].value == pytest.approx(1 / 64)

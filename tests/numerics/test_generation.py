@@ -179,7 +179,10 @@ def test_more_beams_are_no_worse() -> None:
         for n in (2, 50)
     )
     greedy = generate(model, memory, prompts, None, Sampling(max_tokens=6), LIMIT)
-    assert all(b.log_probability >= max(a.log_probability, g.log_probability) - 1e-6 for a, b, g in zip(one, many, greedy, strict=True))
+    assert all(
+        b.log_probability >= max(a.log_probability, g.log_probability) - 1e-6
+        for a, b, g in zip(one, many, greedy, strict=True)
+    )
 
 
 def test_top_k_and_top_p_by_hand() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +20,16 @@ from bitmar.analysis.surgery import Surgery, edit_parameters
 from bitmar.config import ConfigError
 from bitmar.export.packed import load_packed, save_packed
 from bitmar.head_names import parse_heads
-from bitmar.model.bitmar import BitMar, rounded_layers
 from bitmar.model import packed as packed_layers
+from bitmar.model.bitmar import BitMar, rounded_layers
 from bitmar.model.kernel import COMPILERS, kernel
 from bitmar.model.packed import PLACES, Bits, PackedEmbedding, PackedLinear, RoundedLinear, freeze, pack, unpack
-from bitmar.model.text import TokenEmbedding
 from bitmar.model.quantize import BitLinear
+from bitmar.model.text import TokenEmbedding
+from bitmar.model_config import ModelConfig
 from tests.support.batches import caption_batch, filled_memory, logits_of, small_model, text_batch
 
+README = Path(__file__).resolve().parents[2] / "README.md"
 BITS: tuple[Bits, ...] = ("2", "1.6")
 
 
@@ -113,6 +117,27 @@ def test_a_model_without_rounding_is_only_made_smaller(tmp_path: Path) -> None:
     save_packed(model, memory, tmp_path / "m.safetensors")
     packed, held = load_packed(tmp_path / "m.safetensors")
     assert torch.equal(logits_of(packed, caption_batch(), held), logits_of(rounded(model), caption_batch(), held))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_reader_in_the_readme_reads_it(tmp_path: Path, bits: Bits) -> None:
+    (block,) = re.findall(r"```python\n(.*?def read_packed.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(block.splitlines()) <= 30
+    there: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), there)
+    model, memory = trained_like(), filled_memory(small_model())
+    save_packed(model, memory, tmp_path / "m.safetensors", bits)
+    arrays, config = there["read_packed"](tmp_path / "m.safetensors")
+    assert ModelConfig(**config | {"masked_heads": (), "pruned_heads": ()}) == model.config
+    ternary = dict(rounded_layers(model))
+    for name, p in model.named_parameters():
+        layer = ternary.get(name.removesuffix(".weight"))
+        expected = p.detach().bfloat16().float()
+        if layer is not None:
+            values, scale = layer.ternary_weight()
+            expected = values * scale
+        assert torch.equal(torch.from_numpy(arrays[name].copy()), expected), name
+    assert torch.equal(torch.from_numpy(arrays["slots.values"].copy()), memory.values.bfloat16().float())
 
 
 needs_compiler = pytest.mark.skipif(kernel() is None, reason="no C++ compiler")
