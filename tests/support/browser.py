@@ -24,7 +24,7 @@ FLAGS = (
     *("--no-first-run", "--no-default-browser-check", "--disable-extensions"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     # a page that needs the network must fail
-    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--remote-debugging-pipe",
 )
 
@@ -126,8 +126,9 @@ class Browser:
         message, _, self._rest = self._rest.partition(b"\0")
         return json.loads(message)
 
-    def open(self, path: Path, width: int = 1280, height: int = 900, mobile: bool = False) -> Page:
-        """Open a local file in a screen of this size, and wait until it is loaded."""
+    def open(self, place: Path | str, width: int = 1280, height: int = 900, mobile: bool = False) -> Page:
+        """Open a local file, or an address, in a screen of this size, and wait until it is loaded."""
+        address = place if isinstance(place, str) else place.resolve().as_uri()
         target = self.ask("Target.createTarget", {"url": "about:blank"})["targetId"]
         session = self.ask("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
         page = self._pages[session] = Page(self, session)
@@ -141,8 +142,8 @@ class Browser:
             mobile=mobile,
         )
         page.ask("Emulation.setTouchEmulationEnabled", enabled=mobile)
-        page.ask("Page.navigate", url=path.resolve().as_uri())
-        page.wait_for(f"document.readyState === 'complete' && location.href === {json.dumps(path.resolve().as_uri())}")
+        page.ask("Page.navigate", url=address)
+        page.wait_for(f"document.readyState === 'complete' && location.href === {json.dumps(address)}")
         return page
 
 

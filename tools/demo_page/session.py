@@ -154,8 +154,8 @@ class Demo:
         tokens = [BOS, *self.tokenizer.encode_batch([text]).tokens.tolist()]
         require(
             len(tokens) + more <= self._limit,
-            f"the text has {len(tokens) - 1} tokens{f', and {more} more are asked for' if more else ''}: this model was "
-            f"trained on rows of {self._limit}, the first token counted",
+            f"the text has {len(tokens) - 1} tokens{f', and {more} more are asked for' if more else ''}: this model "
+            f"was trained on rows of {self._limit}, the first token counted",
         )
         return tokens
 
