@@ -20,7 +20,7 @@ from tools.demo_page.pairs import Pair, own_vector
 from tools.demo_page.pictures import image_picture, memory_picture, recall_picture
 from tools.demo_page.session import Demo, Recalled, SessionMemory, Word
 
-HELD_OUT, OWN, NONE = "held-out pair", "vector of a file", "none"
+HELD_OUT, OWN, NONE = "held-out pair", "own vector", "none"
 MEAN = "mean over heads and layers"
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 _LETTERS = 90  # of a caption in the list of pairs
@@ -102,7 +102,8 @@ class Page:
             recalled = self._demo.recall(used, pair.vector)
             words = list(self._demo.write(used, pair.vector, "", Sampling(), by_image=True))
             shown = picture(recall_picture(recalled, used.episodes), "slots that the image recalls")
-            return self._handed_back(recalled, used), shown, self._caption(words)
+            heading = "<h3>Written with what the image recalls, the image itself unseen</h3>"
+            return self._handed_back(recalled, used), shown, heading + self._caption(words)
 
     def table(self, memory: SessionMemory) -> str:
         """How full the memory is, and the episodes of this session."""
@@ -137,13 +138,13 @@ class Page:
 
     def _handed_back(self, recalled: Recalled, memory: SessionMemory) -> str:
         best = recalled.best(1)
-        nothing = "" if recalled.nothing is None else f" Nothing: {recalled.nothing:.1%}."
         if not best:
-            return f"<p>The memory hands back nothing: it is off or empty.{nothing}</p>"
+            return "<p>The memory hands back nothing: it is off or empty.</p>"
+        nothing = "" if recalled.nothing is None else f" <small>nothing: {recalled.nothing:.1%}</small>"
         weight = f"{recalled.weights[best[0]]:.1%}"
         episode = memory.episodes.get(best[0])
         what = f"“{escape(episode.caption)}”" if episode else "an episode of the training, whose caption is not kept"
-        return f"<p>The image recalls <b>slot {best[0]}</b> with weight <b>{weight}</b>: {what}.{nothing}</p>"
+        return f"<p>The image recalls <b>slot {best[0]}</b> with weight <b>{weight}</b>: {what}{nothing}</p>"
 
     def build(self) -> gr.Blocks:
         """The page, for `show`."""
@@ -152,26 +153,28 @@ class Page:
         with gr.Blocks(analytics_enabled=False, title=title, fill_width=True, delete_cache=(_HOUR_S, _HOUR_S)) as page:
             memory = gr.State(demo.memory_at_start(), time_to_live=_HOUR_S)
             words = gr.State([], time_to_live=_HOUR_S)
-            gr.HTML(f"<h1>{escape(title)}</h1>", elem_id="title")
+            gr.HTML(f"<h1>{escape(title)}</h1>{self._about()}", elem_id="title")
             with gr.Row(equal_height=False):
                 with gr.Column(scale=4, min_width=340):
                     source, number, file, card = self._image_inputs()
-                    prompt = gr.Textbox(label="prompt (may be empty)", elem_id="prompt", lines=1)
+                    prompt = gr.Textbox(label="Prompt (may be empty)", elem_id="prompt", lines=1)
                     with gr.Row():
-                        temperature = gr.Slider(0, 2, 0, step=0.05, label="temperature", info="0: likeliest")
-                        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="top-p", info="with a temperature")
+                        temperature = gr.Slider(
+                            0, 2, 0, step=0.05, label="Temperature", elem_id="temperature", info="0: likeliest"
+                        )
+                        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="with a temperature")
                     with gr.Row():
-                        seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=1 << 31, min_width=90)
-                        remembers = gr.Checkbox(True, label="memory", elem_id="memory", info="read it", min_width=90)
+                        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=1 << 31, min_width=90)
+                        remembers = gr.Checkbox(True, label="Read the memory", elem_id="memory", min_width=150)
                     start = gr.Button("Write a caption", variant="primary", elem_id="generate")
                 with gr.Column(scale=9, min_width=560), gr.Tabs():
                     with gr.Tab("Caption and attention", id="caption"):
                         written = gr.HTML(elem_id="written")
                         head = gr.Dropdown(
-                            list(self._heads), value=MEAN, label="attention to the image", elem_id="head"
+                            list(self._heads), value=MEAN, label="Attention to the image", elem_id="head"
                         )
                         image = gr.HTML(elem_id="image-attention")
-                        gr.HTML("<h3>attention to the memory</h3>")
+                        gr.HTML("<h3>Attention to the memory</h3>")
                         slots = gr.HTML(elem_id="memory-attention")
                     with gr.Tab("Memory: write and recall", id="episodes"):
                         parts = self._memory_parts(memory)
@@ -189,18 +192,23 @@ class Page:
                 parts[name].click(lambda made=made: (made(), self.table(made()), ""), None, told_of)
         return page
 
+    def _about(self) -> str:
+        config = self._demo.config
+        sizes = f"{config.vision_tokens} vision tokens, {config.memory_size} memory slots"
+        return f"<small>{len(self._pairs)} held-out pairs to choose among; {sizes}</small>"
+
     def _image_inputs(self) -> tuple[gr.Radio, gr.Dropdown, gr.File, gr.HTML]:
-        source = gr.Radio([HELD_OUT, OWN, NONE], value=HELD_OUT, label="image", elem_id="source")
+        source = gr.Radio([HELD_OUT, OWN, NONE], value=HELD_OUT, label="Image", elem_id="source")
         labels = [(shortened(pair.caption, _LETTERS), place) for place, pair in enumerate(self._pairs)]
         number = gr.Dropdown(
             labels,
             value=0,
-            label="held-out pair, by its caption",
-            info="Shards hold an image's vector, not the image: it cannot be shown.",
+            label="Its caption",
+            info="Shards hold the image's vector, not the image: it cannot be shown.",
             elem_id="pair",
         )
         card = gr.HTML(self.pair_card(HELD_OUT, 0)[0], elem_id="card")
-        file = gr.File(label="a .npy of one vector", file_types=[".npy"], visible=False, height=110, elem_id="file")
+        file = gr.File(label="A .npy of one vector", file_types=[".npy"], visible=False, height=110, elem_id="file")
         source.change(
             lambda source: [gr.update(visible=source == HELD_OUT)] * 2 + [gr.update(visible=source == OWN)],
             source,
@@ -211,25 +219,24 @@ class Page:
 
     def _memory_parts(self, memory: gr.State) -> dict[str, Any]:
         gr.HTML(
-            "<p>A browser session has a memory of its own, which begins as the checkpoint's and is never written to "
-            "disk. An episode is the chosen image with a caption, shown once.</p>"
+            "<p>The chosen image with a caption, shown to the model once. The memory is this browser session's own: it "
+            "begins as the checkpoint's, and never goes to disk.</p>"
         )
         parts: dict[str, Any] = {}
-        with gr.Row(equal_height=True):
+        with gr.Row(equal_height=False, elem_classes="ends"):
             parts["caption"] = gr.Textbox(
-                self.pair_card(HELD_OUT, 0)[1], label="caption of the episode", elem_id="episode", scale=4
+                self.pair_card(HELD_OUT, 0)[1], label="Caption of the episode", elem_id="episode", scale=4
             )
             parts["write"] = gr.Button("Write the episode", variant="primary", elem_id="write", min_width=140)
         parts["message"] = gr.HTML(elem_id="message")
         parts["table"] = gr.HTML(self.table(memory.value), elem_id="episodes")
         with gr.Row():
             parts["recall"] = gr.Button("Recall by the image alone", variant="primary", elem_id="recall", scale=2)
-            parts["empty"] = gr.Button("Empty the memory", elem_id="empty")
-            parts["reset"] = gr.Button("Reset to the checkpoint's", elem_id="reset")
+            parts["empty"] = gr.Button("Empty the memory", elem_id="empty", scale=2)
+            parts["reset"] = gr.Button("Back to the checkpoint's", elem_id="reset", scale=2)
         parts["answer"] = gr.HTML(elem_id="answer")
-        parts["picture"] = gr.HTML(elem_id="recall-picture")
-        gr.HTML("<h3>caption written by what the image recalls, the image itself unseen</h3>")
         parts["recalled"] = gr.HTML(elem_id="recalled")
+        parts["picture"] = gr.HTML(elem_id="recall-picture")
         return parts
 
 

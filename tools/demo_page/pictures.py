@@ -21,8 +21,8 @@ from bitmar.observability.attention_plots import word_labels
 from tools.demo_page.session import Episode, Recalled, Word
 
 WIDTH_IN = 8.6
-SLOTS = 10  # in a picture, those that are read most
-_ROW_IN, _LABELS_IN = 0.24, 0.95  # height of a row, and of the words below
+SLOTS = 8  # in a picture, those that are read most
+_ROW_IN, _LABELS_IN = 0.23, 0.85  # height of a row, and of the words below
 _LETTERS = 26  # of a caption beside its slot
 _WIDE = 24  # words from which on they are set smaller
 
@@ -43,7 +43,7 @@ def image_picture(words: Sequence[Word], head: tuple[int, int] | None) -> str:
     else:
         values = np.stack([word.cross_modal[head[0]][head[1]] for word in seen])
     _heat(figure, axis, seen, values.T, [str(token) for token in range(values.shape[1])])
-    axis.set_ylabel("vision token")
+    axis.set_ylabel("vision token", size=10)
     return _url(figure)
 
 
@@ -76,7 +76,8 @@ def recall_picture(recalled: Recalled, episodes: Mapping[int, Episode]) -> str:
     weights = recalled.weights[slots]
     axis.barh(range(len(slots)), 100 * weights, color=colours, height=0.7)
     axis.set_yticks(range(len(slots)), [slot_label(slot, episodes) for slot in slots])
-    axis.invert_yaxis()
+    axis.set_ylim(max(len(slots), 3) - 0.5, -0.5)
+    axis.set_xlim(min(0.0, 105 * float(weights.min())), max(1.0, 105 * float(weights.max())))
     axis.xaxis.set_major_formatter(d.PERCENT)
     axis.set_xlabel("weight that the image alone gives the slot")
     axis.tick_params(axis="y", length=0)
