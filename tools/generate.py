@@ -31,6 +31,7 @@ from bitmar.generation.generate import check_vectors, generate
 from bitmar.generation.sampling import Sampling
 from bitmar.loading import Loaded, load_trained
 from bitmar.model.memory import MemoryState
+from bitmar.model.packed import freeze
 from shards.tokenizer import BOS, TextTokenizer
 from tools.attention_patterns import read_vector
 
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def texts_of(loaded: Loaded, known: argparse.Namespace) -> list[str]:
     """Raises ConfigError, DataError, OSError."""
     require(known.count > 0, f"--count must be > 0, got {known.count}")
-    tokenizer, model = TextTokenizer(loaded.tokenizer), loaded.model
+    tokenizer, model = TextTokenizer(loaded.tokenizer), freeze(loaded.model)
     prompt = [BOS, *tokenizer.encode_batch([known.prompt]).tokens.tolist()]
     vectors = vectors_of(known.vector, model.config.vision_encoder_dim)
     count = known.count * (1 if vectors is None else len(vectors))
@@ -104,7 +105,7 @@ def vectors_of(path: Path | None, width: int) -> torch.Tensor | None:
 def memory_of(loaded: Loaded, choice: str) -> MemoryState:
     """The memory that is read: the checkpoint's (on), an empty one (off), or that of a file."""
     if choice == "off":
-        return MemoryState.empty(*loaded.memory.keys.shape)
+        return MemoryState.empty(loaded.config.model.memory_size, loaded.config.model.episode_dim)
     return loaded.memory if choice == "on" else load_memory(Path(choice), loaded.model)
 
 

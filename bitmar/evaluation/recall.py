@@ -26,11 +26,11 @@ from torch import Tensor
 
 from bitmar.batch import Batch
 from bitmar.generation.episodes import pair_batch, remember
-from bitmar.generation.incremental import IncrementalReader
+from bitmar.generation.incremental import IncrementalReader, asked_memory, memory_reader
 from bitmar.generation.sampling import possible
 from bitmar.model.attention import text_positions
 from bitmar.model.bitmar import BitMar
-from bitmar.model.memory import MemoryState, read
+from bitmar.model.memory import MemoryState
 from bitmar.model.text import pooled
 from shards.loader import ShardSet, ValidationSet
 from shards.tokenizer import BOS, EOS
@@ -85,7 +85,7 @@ def hits(scores: Float[Tensor, "N N"]) -> Float[Tensor, "N"]:
 @torch.no_grad()
 def cue_queries(model: BitMar, pairs: Pairs, cue: Cue) -> Float[Tensor, "N C"]:
     """What each pair's image, or caption, asks the memory."""
-    batch, reader = pair_batch(pairs.captions, pairs.vectors), model.memory["reader"]
+    batch, reader = pair_batch(pairs.captions, pairs.vectors), memory_reader(model)
     if cue == "image":
         asking = model.vision(batch.vision, batch.has_vision, False)[0].mean(1)
     else:
@@ -102,11 +102,7 @@ def slot_scores(
     model: BitMar, memory: MemoryState, slots: Sequence[int], pairs: Pairs, cue: Cue
 ) -> Float[Tensor, "N N"]:
     """How much cue i reads of the slot that took pair j; `slots`: of each pair, -1 where none holds it any more."""
-    reader = model.memory["reader"]
-    sharpness = 1.0 if reader.log_sharpness is None else reader.log_sharpness.float().exp()
-    nobody = torch.zeros(len(pairs), dtype=torch.int64)
-    query = cue_queries(model, pairs, cue)[:, None].double()
-    _, weights = read(memory, query, nobody, sharpness, model.config.memory_addressing)
+    _, weights = asked_memory(memory_reader(model), memory, cue_queries(model, pairs, cue)[:, None])
     held = torch.tensor(slots)
     return weights[:, 0, held.clamp(min=0)] * (held >= 0)
 

@@ -40,9 +40,9 @@ def generate(
 
     A prompt begins with <bos>. `vectors`: an image for each, or none for any. `limit`: of a prompt and what follows it,
     in tokens: the length of the rows that the model was trained on (data.row_tokens). Greedy and drawn texts are the
-    same whatever prompts stand beside them; text b is drawn with seed + b. `watch`, without beams, is told of each step:
-    the tokens that were chosen, by what the model then saw. Raises ConfigError for prompts that are empty or too long,
-    and for vectors of another number or width.
+    same whatever prompts stand beside them; text b is drawn with seed + b. `watch`, without beams, is told of each
+    step: the tokens that were chosen, by what the model then saw. Raises ConfigError for prompts that are empty or too
+    long, and for vectors of another number or width.
     """
     _check(model, prompts, vectors, sampling, limit)
     room = [limit - len(prompt) for prompt in prompts]

@@ -42,7 +42,7 @@ class _Piece:
 
 
 class IncrementalReader:
-    """Reads rows of tokens, each with its image's vector or without; `read` is called with one piece after the other."""
+    """Reads rows of tokens, each with its image's vector or without, piece after piece."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class IncrementalReader:
         with torch.no_grad():
             tokens, self.vision_latent = model.vision(vectors, has_vision, False)
             self._sees = [_key_value(layer, tokens) for layer in _fusion_layers(model)]
-            self._cue = self.model.memory["reader"].query_norm(tokens.mean(1)) if by_image else None
+            self._cue = memory_reader(model).query_norm(tokens.mean(1)) if by_image else None
         head_width = config.width // config.heads
         sizes = [(rows, block.attention.heads, capacity, head_width) for block in _text_blocks(model)]
         self._kept = [(torch.zeros(size, device=device), torch.zeros(size, device=device)) for size in sizes]
@@ -115,15 +115,25 @@ class IncrementalReader:
         return _Piece(begin, Positions(turn.cos(), turn.sin(), None), allowed[:, None])
 
     def _through_memory(self, x: Float[Tensor, "B n D"]) -> tuple[Float[Tensor, "B n D"], Float[Tensor, "B n K"]]:
-        reader: MemoryReader = self.model.memory["reader"]  # type: ignore[assignment]
+        reader = memory_reader(self.model)
         asked = reader.query_norm(x) if self._cue is None else self._cue[:, None].expand_as(x)
-        sharpness = 1.0 if reader.log_sharpness is None else reader.log_sharpness.float().exp()
-        nobody = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        query = reader.query(asked).double()
-        value, weights = read(self.memory, query, nobody, sharpness, self.model.config.memory_addressing)
+        value, weights = asked_memory(reader, self.memory, reader.query(asked))
         if reader.is_masked:
             return x, weights
         return x + torch.tanh(reader.gate) * reader.output(reader.output_norm(value.to(x.dtype))), weights
+
+
+def memory_reader(model: BitMar) -> MemoryReader:
+    return model.memory["reader"]  # type: ignore[return-value]
+
+
+def asked_memory(
+    reader: MemoryReader, memory: MemoryState, query: Float[Tensor, "B n C"]
+) -> tuple[Float[Tensor, "B n C"], Float[Tensor, "B n K"]]:
+    """(value, weights) in fp64, for readers who may see every slot."""
+    sharpness = 1.0 if reader.log_sharpness is None else reader.log_sharpness.float().exp()
+    nobody = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+    return read(memory, query.double(), nobody, sharpness, reader.config.memory_addressing)
 
 
 def _text_blocks(model: BitMar) -> list[Block]:

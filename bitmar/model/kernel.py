@@ -1,4 +1,4 @@
-"""The compiled products of bitmar/model/kernel.cpp: built once a host where there is a C++ compiler, in a second or two.
+"""The compiled products of bitmar/model/kernel.cpp: built once a host, where there is a C++ compiler.
 
 Shapes: N tokens, I inputs, O outputs, S sections.
 """

@@ -70,6 +70,12 @@ def rescaled(
     return y.mul_(step * scale[0]) if y.dtype == step.dtype else y * (step * scale[0])
 
 
+def drawn(*shape: int, std: float) -> nn.Parameter:
+    """A parameter of normal numbers around 0; of none on the meta device, whose random numbers import a compiler."""
+    empty = torch.empty(shape)
+    return nn.Parameter(empty if empty.is_meta else empty.normal_(std=std))
+
+
 class _BitLinear(torch.autograd.Function):
     """y = x_q w_q^T * gamma * step; backward as if nothing had been rounded but with the rounded operands."""
 
@@ -123,8 +129,7 @@ class BitLinear(nn.Module):
         self.quantized = quantized
         self.keeps_scale = False  # whether a forward pass leaves its gammas behind, for what is told of the weights
         self.scale: Float[Tensor, "S"] | None = None
-        self.weight = nn.Parameter(torch.empty(sum(self.sections), inputs))
-        nn.init.normal_(self.weight, std=1 / math.sqrt(inputs))
+        self.weight = drawn(sum(self.sections), inputs, std=1 / math.sqrt(inputs))
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
         if not self.quantized:

@@ -15,7 +15,7 @@ from bitmar.config import ModelConfig
 from bitmar.model.attention import LayerHeads, Positions, Shown
 from bitmar.model.blocks import Block, Dropout, run_blocks
 from bitmar.model.head import TokenLosses, token_losses
-from bitmar.model.quantize import BitLinear, RMSNorm
+from bitmar.model.quantize import BitLinear, RMSNorm, drawn
 
 TABLE_STD = 0.02
 OUTPUT_GAIN = 7.0  # larger learns faster up to 10 (real captions, width 256), but starts more than 5 % above ln V
@@ -45,7 +45,7 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocabulary, width).normal_(std=TABLE_STD))
+        self.weight = drawn(vocabulary, width, std=TABLE_STD)
         self.output_scale = OUTPUT_GAIN / (TABLE_STD * width)
 
     def forward(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bitmar.config import ModelConfig
 from bitmar.model.attention import LayerHeads
 from bitmar.model.blocks import Block, run_blocks
-from bitmar.model.quantize import BitLinear, RMSNorm
+from bitmar.model.quantize import BitLinear, RMSNorm, drawn
 
 
 class VisionEncoder(nn.Module):
@@ -27,7 +27,7 @@ class VisionEncoder(nn.Module):
         self.compress = BitLinear(config.vision_encoder_dim, config.vision_hidden_size, quantized)
         self.expand_norm = RMSNorm(config.vision_hidden_size)
         self.expand = BitLinear(config.vision_hidden_size, config.vision_tokens * config.width, quantized)
-        self.token_embedding = nn.Parameter(torch.empty(config.vision_tokens, config.width).normal_(std=0.5))
+        self.token_embedding = drawn(config.vision_tokens, config.width, std=0.5)
         self.blocks = nn.ModuleList(
             Block(config.width, LayerHeads(config.heads), config.ffn_width, quantized, 1000 + site)
             for site in range(config.vision_layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from bitmar.batch import Batch
 from bitmar.config import ConfigError
 from bitmar.generation.generate import Generated, generate, read_prompts
-from bitmar.generation.incremental import IncrementalReader
+from bitmar.generation.incremental import IncrementalReader, memory_reader
 from bitmar.generation.sampling import Sampling, choose, narrowed, possible
 from bitmar.model.bitmar import BitMar
 from bitmar.model.memory import MemoryState
@@ -31,9 +30,10 @@ def trained_like(seed: int = 3, **changes: object) -> BitMar:
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1 + 0.5 * torch.rand(p.shape)).add_(0.05 * torch.randn(p.shape))
-        model.memory["reader"].gate.fill_(1.0)
-        for layer in model.fusion.layers:
-            layer.gate.fill_(1.0)
+        memory_reader(model).gate.fill_(1.0)
+        for name, p in model.named_parameters():
+            if name.startswith("fusion") and name.endswith("gate"):
+                p.fill_(1.0)
     return model
 
 
@@ -143,19 +143,22 @@ def test_a_batch_is_its_rows(sampling: Sampling, seeing: bool) -> None:
 
 def brute_force(model: BitMar, prompt: list[int], longest: int, penalty: float) -> Generated:
     """The best of all texts."""
-    vocabulary, memory = range(3, model.config.vocab_size), filled_memory(model.config)
-    best = None
-    for length in range(longest + 1):
-        for tokens in itertools.product(vocabulary, repeat=length):
-            ended = length < longest
-            total = 0.0
-            for place, token in enumerate((*tokens, EOS) if ended else tokens):
-                chances = possible(last_logits(model, memory, [*prompt, *tokens[:place]], None)[None])
-                total += float(chances[0, token])
-            worth = total / max(length + ended, 1) ** penalty
-            if best is None or worth > best[0]:
-                best = (worth, Generated(tokens, total, ended))
-    assert best is not None
+    memory = filled_memory(model.config)
+    best = (float("-inf"), Generated((), 0.0, False))
+
+    def go_on(tokens: tuple[int, ...], total: float) -> None:
+        nonlocal best
+        if len(tokens) == longest:
+            best = max(best, (total / longest**penalty, Generated(tokens, total, False)), key=lambda found: found[0])
+            return
+        chances = possible(last_logits(model, memory, [*prompt, *tokens], None)[None])[0].tolist()
+        ended = total + chances[EOS]
+        worth = ended / (len(tokens) + 1) ** penalty
+        best = max(best, (worth, Generated(tokens, ended, True)), key=lambda found: found[0])
+        for token in range(3, model.config.vocab_size):
+            go_on((*tokens, token), total + chances[token])
+
+    go_on((), 0.0)
     return best[1]
 
 
