@@ -25,7 +25,8 @@ from shards.loader import ShardSet
 from shards.tokenizer import BOS, TextTokenizer
 from tests.support.browser import Browser, Page, chromium
 from tests.support.ranks import run_ranks
-from tests.support.runs import ROOT, heed_interrupts, make_shards, run_tool, tiny_config
+from tests.support.runs import ROOT, heed_interrupts, make_shards, tiny_config
+from tools.demo_app import main
 from tools.demo_page.pairs import Pair, held_out
 
 pytestmark = pytest.mark.slow
@@ -288,7 +289,7 @@ def test_a_vector_of_ones_own(page: Page, pairs: list[Pair], run: Path, tmp_path
     click(page, "#file [aria-label='Clear']")
     give_file(page, tmp_path / "wide.npy")
     click(page, "#generate")
-    assert "1 of 768 finite numbers each would do" in complaint(page)
+    assert "one vector of 768 finite numbers would do" in complaint(page)
     page.evaluate("document.querySelectorAll('#source input')[2].click()")
     fill(page, "#prompt textarea", "dog " * 40)
     click(page, "#generate")
@@ -305,7 +306,9 @@ def test_nobody_else_is_contacted(page: Page, contacts: Path) -> None:
     assert [line for line in told if line.split()[1] not in ("127.0.0.1", "None")] == []
 
 
-def test_mistakes(run: Path, tiny_raw: Path, tiny_shards: Path, tmp_path: Path) -> None:
+def test_mistakes(
+    run: Path, tiny_raw: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "text"
     text.mkdir()
     (text / "train_50M.zip").symlink_to((tiny_raw / "train_50M.zip").resolve())
@@ -323,8 +326,8 @@ def test_mistakes(run: Path, tiny_raw: Path, tiny_shards: Path, tmp_path: Path) 
             "--pairs must be > 0": (run, tiny_shards, "--pairs", 0),
         }
         for words, (checkpoint, shards, *more) in cases.items():
-            done = run_tool("demo_app.py", "--checkpoint", checkpoint, "--shards", shards, *more)
-            assert (done.returncode, done.stdout) == (2, ""), words
-            assert done.stderr.startswith("error: ")
-            assert done.stderr.count("\n") == 1
-            assert words in done.stderr
+            arguments = ["--checkpoint", checkpoint, "--shards", shards, *more]
+            assert main([str(argument) for argument in arguments]) == 2, words
+            out, told = capsys.readouterr()
+            assert (out, told[:7], told.count("\n")) == ("", "error: ", 1)
+            assert words in told

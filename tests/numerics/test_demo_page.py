@@ -137,7 +137,7 @@ def test_mistakes(demo: Demo, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trained on rows of 32"):
         demo.remember(memory, image(1), "dog " * 40, "")
     np.save(tmp_path / "two.npy", np.zeros((2, WIDTH), np.float32))
-    with pytest.raises(ConfigError, match="1 of 24 finite numbers"):
+    with pytest.raises(ConfigError, match="one vector of 24 finite numbers"):
         own_vector(tmp_path / "two.npy", WIDTH)
     (tmp_path / "text.npy").write_text("no array")
     with pytest.raises((ValueError, DataError)):
@@ -149,7 +149,7 @@ def test_mistakes(demo: Demo, tmp_path: Path) -> None:
 @pytest.mark.parametrize("addressing", ["attention", "larimar"])
 def test_pictures(tmp_path: Path, addressing: str) -> None:
     demo = made(tmp_path, memory_addressing=addressing)
-    memory, slot = demo.remember(demo.memory_at_start(), image(1), "a dog with $ and \u6f22", "")
+    memory, slot = demo.remember(demo.memory_at_start(), image(1), "a $ and \u6f22", "")
     words = list(demo.write(memory, image(1), "a dog", FEW))
     mean = image_picture(words, None)
     pictures = [mean, image_picture(words, (0, 1)), memory_picture(words, memory.episodes)]
@@ -158,7 +158,7 @@ def test_pictures(tmp_path: Path, addressing: str) -> None:
     assert len(set(pictures)) == 4
     assert all(picture.startswith("data:image/png;base64,") for picture in pictures)
     assert (recalled.nothing is None) == (addressing == "larimar")
-    assert slot_label(slot, memory.episodes) == f"slot {slot} a dog with $ and \\u6f22"
+    assert slot_label(slot, memory.episodes) == f"slot {slot} a $ and \\u6f22"
     blind = list(demo.write(demo.empty_memory(), None, "", FEW))
     for picture in (
         image_picture(blind, None),

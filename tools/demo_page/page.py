@@ -178,19 +178,24 @@ class Page:
                         slots = gr.HTML(elem_id="memory-attention")
                     with gr.Tab("Memory: write and recall", id="episodes"):
                         parts = self._memory_parts(memory)
-            image_inputs = [source, number, file]
+            chosen = [source, number, file]
+            calm: dict[str, Any] = {"show_progress": "hidden"}  # answers come at once
             for component in (source, number):
-                component.change(self.pair_card, [source, number], [card, parts["caption"]], show_progress="hidden")
-            settings = [*image_inputs, prompt, temperature, top_p, seed, remembers, memory, head]
-            gr.on([start.click, prompt.submit], self.generate, settings, [written, image, slots, words])
-            head.input(self.redraw, [head, words], image, show_progress="hidden")
+                component.change(self.pair_card, [source, number], [card, parts["caption"]], **calm)
+            settings = [*chosen, prompt, temperature, top_p, seed, remembers, memory, head]
+            gr.on([start.click, prompt.submit], self.generate, settings, [written, image, slots, words], **calm)
+            head.input(self.redraw, [head, words], image, **calm)
             told_of = [memory, parts["table"], parts["message"]]
-            parts["write"].click(self.remember, [*image_inputs, parts["caption"], memory], told_of)
-            asked = [*image_inputs, remembers, memory]
-            parts["recall"].click(self.recall, asked, [parts["answer"], parts["picture"], parts["recalled"]])
+            answers = [parts[name] for name in ("answer", "picture", "recalled")]
+            parts["write"].click(self.remember, [*chosen, parts["caption"], memory], told_of, **calm)
+            parts["recall"].click(self.recall, [*chosen, remembers, memory], answers, **calm)
             for name, made in (("reset", demo.memory_at_start), ("empty", demo.empty_memory)):
-                parts[name].click(lambda made=made: (made(), self.table(made()), ""), None, told_of)
+                parts[name].click(lambda made=made: self._anew(made()), None, [*told_of, *answers], **calm)
         return page
+
+    def _anew(self, memory: SessionMemory) -> tuple[Any, ...]:
+        """That memory, what is told of it, and no message or answer of the one before."""
+        return memory, self.table(memory), "", "", "", ""
 
     def _about(self) -> str:
         config = self._demo.config

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitmar.generation.generate import check_vectors
+from bitmar.config_checks import ConfigError
 from shards.index import load_columns
 from shards.loader import ShardSet
 from shards.record import DataError
@@ -60,6 +60,8 @@ def own_vector(path: Path, width: int) -> Pair:
     """The vector of a .npy file. Raises ConfigError unless it is one of `width` finite numbers, ValueError, OSError."""
     array = read_vector(path)
     assert array is not None
-    vector = torch.from_numpy(np.atleast_2d(array).astype(np.float32))
-    check_vectors(vector, 1, width)
-    return Pair(vector[0])
+    if array.squeeze().shape != (width,) or not np.isfinite(array).all():
+        raise ConfigError(
+            f"{path.name} holds an array of shape {list(array.shape)}: one vector of {width} finite numbers would do"
+        )
+    return Pair(torch.from_numpy(array.reshape(width).astype(np.float32)))

@@ -23,8 +23,8 @@ from tools.demo_page.session import Episode, Recalled, Word
 WIDTH_IN = 8.6
 SLOTS = 8  # in a picture, those that are read most
 _ROW_IN, _LABELS_IN = 0.23, 0.85  # height of a row, and of the words below
-_LETTERS = 26  # of a caption beside its slot
-_WIDE = 24  # words from which on they are set smaller
+_LETTERS = 22  # of a caption beside its slot
+_SIZES = ((24, 10), (44, 8))  # up to so many words, in points; more are set smaller still
 
 
 @d.styled
@@ -104,7 +104,7 @@ def _heat(
     signed = bool((values < 0).any())  # least squares: of either sign
     colours = {"cmap": "RdBu_r", "vmin": -most} if signed else {"cmap": "viridis", "vmin": 0.0}
     picture = axis.imshow(values, vmax=most, aspect="auto", interpolation="nearest", **colours)
-    size = 10 if len(words) <= _WIDE else 8
+    size = next((points for most, points in _SIZES if len(words) <= most), 6)
     axis.set_xticks(range(len(words)), word_labels([word.text for word in words]), rotation=90, size=size)
     for label, word in zip(axis.get_xticklabels(), words, strict=True):
         label.set_color(d.GREY if word.given else d.BLACK)

@@ -20,6 +20,7 @@ from bitmar.generation.generate import check_vectors
 from bitmar.generation.incremental import IncrementalReader, Seen
 from bitmar.generation.sampling import Sampling, choose, possible
 from bitmar.loading import Loaded
+from bitmar.model.fusion import FusionLayer
 from bitmar.model.memory import MemoryState
 from bitmar.model.packed import freeze
 from shards.tokenizer import BOS, EOS, TextTokenizer, token_texts
@@ -83,14 +84,15 @@ class Demo:
         self._trained, self._limit = loaded.memory, loaded.config.data.row_tokens
         self.model = freeze(loaded.model)
         self.config = self.model.config
-        self.heads = [layer.attention.layer.kept for layer in self.model.fusion.layers]  # of each layer, those left
+        layers: list[FusionLayer] = list(self.model.fusion.layers)  # type: ignore[arg-type]
+        self.heads = [layer.attention.layer.kept for layer in layers]  # of each, those that were not pruned
 
     def memory_at_start(self) -> SessionMemory:
         """The checkpoint's."""
         return SessionMemory(self._trained, {})
 
     def empty_memory(self) -> SessionMemory:
-        return SessionMemory(MemoryState.empty(*self._trained.keys.shape), {})
+        return SessionMemory(MemoryState.empty(self.config.memory_size, self.config.episode_dim), {})
 
     def write(
         self,
