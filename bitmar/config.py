@@ -210,6 +210,16 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Beside a validation: captions without their images, retrieval over all held-out pairs, what rounding costs."""
+
+    every_steps: int = 0  # 0: never; otherwise also at checkpoint.word_milestones
+
+    def __post_init__(self) -> None:
+        not_negative("evaluation", self, "every_steps")
+
+
+@dataclass(frozen=True)
 class Config:
     data: DataConfig
     phases: tuple[PhaseConfig, ...]
@@ -221,6 +231,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     attention_analysis: AttentionAnalysisConfig = field(default_factory=AttentionAnalysisConfig)
 

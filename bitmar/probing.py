@@ -23,7 +23,14 @@ from bitmar.observability.features import (
     similarity,
     source_consistency,
 )
-from bitmar.observability.probes import fill_heads, fill_memory, first_caption, gates_of, rounding_sums
+from bitmar.observability.probes import (
+    asked_positions,
+    fill_heads,
+    fill_memory,
+    first_caption,
+    gates_of,
+    rounding_sums,
+)
 from bitmar.observability.schema import LATENTS, title
 from shards.loader import LoaderState
 
@@ -112,16 +119,7 @@ class RoundingWatch:
     def _look(self, name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         (x,) = inputs
         self._components.append(title(name.split(".")[0]))
-        self._sums.append(rounding_sums(x, self._asked(name, x)))
-
-    def _asked(self, name: str, x: Tensor) -> Tensor:
-        """Which positions, captions or vision tokens of an input are real."""
-        batch = self._batch
-        if x.ndim == 2:
-            return batch.pair_mask
-        if name.startswith("vision.") or name.endswith(".key_value"):
-            return batch.pair_mask[:, None].expand(x.shape[:2])
-        return batch.token_mask
+        self._sums.append(rounding_sums(x, asked_positions(name, x, self._batch)))
 
 
 @torch.no_grad()

@@ -7,11 +7,13 @@ from bitmar.engine.checkpoint import Saved
 from bitmar.engine.retention import Keep
 
 
-def mark_due(run: Run) -> None:
-    """After a step: note whether a checkpoint of it is asked for, by its number or by a milestone in words."""
+def mark_due(run: Run) -> tuple[int, ...]:
+    """After a step: note whether a checkpoint of it is asked for, by its number or by a milestone in words. The
+    milestones that it has passed."""
     passed = run.milestones.passed(lambda: run.progress.words + int(run.counted[0]))
     run.milestones_due += passed
     run.save_due |= run.progress.step % run.config.checkpoint.every_steps == 0 or bool(passed)
+    return passed
 
 
 def save(run: Run, wait: bool = False) -> None:

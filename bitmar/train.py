@@ -27,6 +27,7 @@ from bitmar.engine.fragments import CheckpointError
 from bitmar.engine.schedule import rates_at
 from bitmar.engine.step import StepResult, train_step
 from bitmar.engine.world import World, is_lost_peer, join_world, leave_world
+from bitmar.evaluating import evaluate, is_evaluation_due
 from bitmar.evaluation.perplexity import validate
 from bitmar.model.bitmar import Outputs
 from bitmar.model.memory import MemoryState
@@ -131,7 +132,7 @@ def train(config: Config, world: World, guard: Guard | None = None, start_up: St
             run.progress = dataclasses.replace(run.progress, initial_loss=hold_validation(run))
             run.start_up.mark("validation")
         elif run.progress.validation_due:
-            hold_validation(run)
+            hold_validation(run, is_evaluation_due(run))
         loop(run)
         finish(run)
         code = 0
@@ -186,14 +187,15 @@ def loop(run: Run) -> None:
             run.window.seconds += time.perf_counter() - started
         run.window.last = state, rates
         step = run.progress.step
-        mark_due(run)
+        milestones = mark_due(run)
         saves = run.save_due and run.progress.skipped_in_a_row == 0  # weights may be broken while updates are left out
         if is_log_due(run, step, state) or saves:
             settle(run)
             probe(run)
             log(run)
-        if step % config.validation.every_steps == 0:
-            hold_validation(run)
+        evaluates = is_evaluation_due(run, milestones)
+        if evaluates or step % config.validation.every_steps == 0:
+            hold_validation(run, evaluates)
         run.watch.clock.start()
         if saves:
             save(run)
@@ -264,8 +266,11 @@ def advance(run: Run, state: LoaderState, result: StepResult | None) -> None:
     )
 
 
-def hold_validation(run: Run) -> float | None:
-    """Score the held-out rows, log them, and return Validation/Loss (of text where there are no captions)."""
+def hold_validation(run: Run, evaluates: bool = False) -> float | None:
+    """Score the held-out rows, log them, and return Validation/Loss (of text where there are no captions).
+
+    `evaluates`: with what bitmar/evaluating.py adds.
+    """
     step = run.progress.step
     if run.validated_at != step and run.held_out:
         statistics = Statistics(select(schema_of(run.watch.layout), Cadence.VALIDATION), run.world.device)
@@ -277,9 +282,10 @@ def hold_validation(run: Run) -> float | None:
             check_notices(run, validating=True)
             return run.engine.forward(batch, memory)
 
-        validate(forward, *sets, run.memory, run.world, statistics)
+        tables = validate(forward, *sets, run.memory, run.world, statistics)
+        more = evaluate(run, forward, tables) if evaluates else {}
         run.engine.train(True)
-        run.validation, run.validated_at = reduce(statistics, run.world).numbers, step
+        run.validation, run.validated_at = reduce(statistics, run.world).numbers | more, step
         run.progress = dataclasses.replace(run.progress, validation_due=False)
         run.sinks.log(step, run.validation | run.watch.history.add(run.validation))
     return run.validation.get("Validation/Loss", run.validation.get("Validation/Loss_Text"))

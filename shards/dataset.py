@@ -281,6 +281,11 @@ class ShardSet:
         """int64 [shards]: the bytes of each shard and its index."""
         return np.array([e["bytes"] + e["index"]["bytes"] for e in self.manifest["shards"]], np.int64)
 
+    def samples(self, split: str, modality: str) -> int:
+        """Samples of a modality in a split."""
+        held = (s for s in self.manifest["shards"] if s["split"] == split and s["modality"] == modality)
+        return sum(s["samples"] for s in held)
+
     def words(self, split: str) -> int:
         """Words of a split, "train" or "validation"."""
         return self.manifest["totals"][split]["words"]

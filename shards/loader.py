@@ -18,6 +18,7 @@ import numpy as np
 
 from shards.corpus import PAIRS, RowPlan, chunk_rows, joined
 from shards.dataset import Readers, ShardSet
+from shards.index import ShardReader
 from shards.order import Order, PhaseSpec
 from shards.record import DataError
 from shards.rows import Rows, build_rows
@@ -291,6 +292,31 @@ class ValidationSet:
         """How many samples were chosen."""
         return len(self._chosen.shard)
 
+    @property
+    def sample_of_row(self) -> np.ndarray:
+        """int64 [rows]: the number of each row's sample among the chosen; a long one has several rows."""
+        return self._record
+
+    @property
+    def image_ids(self) -> np.ndarray:
+        """int64 [samples]: the image of each chosen sample, 0 where none."""
+        return self._chosen.image_id
+
+    def text(self, chosen: int) -> str:
+        """The text of a chosen sample."""
+        return self._reader(chosen).text(int(self._chosen.sample[chosen]))
+
+    def tokens(self, chosen: int) -> np.ndarray:
+        """The tokens of a chosen sample, without specials."""
+        return self._reader(chosen).sample_tokens(int(self._chosen.sample[chosen]))
+
+    def vector(self, chosen: int) -> np.ndarray | None:
+        """The vector of a chosen sample, float32 [V]; None where it has none."""
+        return self._reader(chosen).vector(int(self._chosen.sample[chosen]))
+
+    def _reader(self, chosen: int) -> ShardReader:
+        return self._readers.get(int(self._chosen.shard[chosen])).reader
+
     def batches(self, vision: Literal["right", "permuted"] = "right") -> Iterator[Rows]:
         """Yield this rank's micro-batches.
 
@@ -301,9 +327,9 @@ class ValidationSet:
         partner = self._permutation() if vision == "permuted" else None
         group = self._micro_batch * self._world
         for start in range(0, len(self._record), group):
-            longest = int(self._lengths[start : start + group].max())
             first = start + self._rank * self._micro_batch
             here = slice(first, first + self._micro_batch)
+            longest = int(self._lengths[here].max(initial=1))  # of its own rows: the same batch in any world
             record = self._record[here]
             offsets = np.minimum(np.arange(self._micro_batch + 1), len(record))
             columns = (self._chosen.shard[record], self._chosen.sample[record], self._starts[here], self._lengths[here])
@@ -312,13 +338,8 @@ class ValidationSet:
             if partner is not None:
                 for row in np.flatnonzero(rows.valid).tolist():
                     other = int(partner[record[row]])
-                    rows.vision[row] = self._vector(other)
+                    rows.vision[row] = self.vector(other)
             yield rows
-
-    def _vector(self, chosen: int) -> np.ndarray | None:
-        """The vector of a chosen sample."""
-        opened = self._readers.get(int(self._chosen.shard[chosen]))
-        return opened.reader.vector(int(self._chosen.sample[chosen]))
 
     def _permutation(self) -> np.ndarray:
         """int64: for each chosen sample the one whose vector it gets: by image id, rotated by the largest group."""

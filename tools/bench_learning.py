@@ -148,7 +148,10 @@ def train_bitmar(data: Data, seed: int, seconds: float, world: World, config: Co
     engine.train(False)
 
     def nats(vision: Any, state: MemoryState) -> float:
-        return float(score(engine.forward, data.held_out.batches(vision), state, world).nats) / data.words
+        return (
+            float(score(engine.forward, data.held_out.batches(vision), data.held_out.rows, state, world).nats)
+            / data.words
+        )
 
     empty = MemoryState.empty(config.model.memory_size, config.model.episode_dim)
     size = sum(p.numel() for p in model.parameters())
@@ -188,7 +191,7 @@ def train_plain(data: Data, seed: int, seconds: float, world: World, peak_rate: 
 
     def nats(vision: Any) -> float:
         state = MemoryState.empty(1, 1)
-        return float(score(forward, data.held_out.batches(vision), state, world).nats) / data.words
+        return float(score(forward, data.held_out.batches(vision), data.held_out.rows, state, world).nats) / data.words
 
     size = sum(p.numel() for p in model.parameters())
     return Scores(nats("right"), nats("permuted"), None, steps * ROWS, size)

@@ -28,16 +28,13 @@ from bitmar.evaluation.recall import (
     Pairs,
     forgetting,
     held_out_pairs,
-    recall_by_decoding,
-    recall_by_slots,
     recall_by_stored,
+    recall_once,
 )
 from bitmar.evaluation.scores import fraction
 from bitmar.loading import Loaded, load_trained
 from bitmar.model.packed import freeze
 from bitmar.observability import drawing as d
-
-DECODED = 64  # pairs at most whose captions are told apart by decoding, which takes N x N readings
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -79,20 +76,17 @@ def measured(loaded: Loaded, pairs: Pairs, others: Pairs) -> dict[str, Any]:
     """Shares in [0, 1] with their 95 % intervals (bootstrap over pairs), as JSON holds them."""
     model, count = freeze(loaded.model), len(pairs)
     again = others.part(0, count)
-    recalls = {f"{cue} cue, slots": recall_by_slots(model, pairs, again, cue) for cue in CUES}
-    few = min(count, DECODED)
-    recalls["image cue, decoding"] = recall_by_decoding(model, pairs.part(0, few), again.part(0, few))
     return {
         "step": loaded.progress.step,
         "pairs": count,
         "slots": model.config.memory_size,
         "recall": {
-            name: {
+            cue: {
                 "shown": share(found.shown),
                 "other pairs shown": share(found.others),
                 "memory off": share(found.off),
             }
-            for name, found in recalls.items()
+            for cue, found in ((cue, recall_once(model, pairs, again, cue)) for cue in CUES)
         },
         "by stored": {cue: {n: share(hits) for n, hits in recall_by_stored(model, pairs, cue).items()} for cue in CUES},
         "forgetting": {
@@ -115,10 +109,10 @@ def report(found: Mapping[str, Any]) -> str:
     lines = [
         f"{found['pairs']} pairs shown once each to an empty memory of {found['slots']} slots, step {found['step']:,}"
     ]
-    lines.append(f"{'recalled':24} {'shown':>22} {'other pairs shown':>22} {'memory off':>22} {'chance':>8}")
+    lines.append(f"{'asked by':12} {'shown':>22} {'other pairs shown':>22} {'memory off':>22} {'chance':>8}")
     for name, row in found["recall"].items():
         cells = [_told(row[state]) for state in ("shown", "other pairs shown", "memory off")]
-        lines.append(f"{name:24} {cells[0]:>22} {cells[1]:>22} {cells[2]:>22} {row['shown']['chance']:8.1%}")
+        lines.append(f"{name:12} {cells[0]:>22} {cells[1]:>22} {cells[2]:>22} {row['shown']['chance']:8.1%}")
     for title, key in (("episodes stored", "by stored"), ("other pairs shown afterwards", "forgetting")):
         lines.append(
             f"{title:28} {'image cue':>22} {'text cue':>22}"
@@ -144,23 +138,17 @@ def draw(loaded: Loaded, found: Mapping[str, Any], path: Path) -> None:
         axes, ("by stored", "forgetting"), ("episodes stored", "other pairs shown afterwards"), strict=True
     ):
         for cue, colour in zip(CUES, (d.BLUE, d.RED), strict=True):
-            points = found[key][cue]
-            ns = [max(int(n), 0.5) for n in points]
-            axis.plot(ns, [100 * p["value"] for p in points.values()], color=colour, marker="o", label=f"{cue} cue")
-            edges = ([100 * p[edge] for p in points.values()] for edge in ("low", "high"))
-            axis.fill_between(ns, *edges, color=colour, alpha=0.15, linewidth=0)
-        chance = [100 * found["by stored"]["image"][n]["chance"] for n in found["by stored"]["image"]]
-        if key == "by stored":
-            axis.plot(ns, chance, color=d.GREY, linestyle="--", label="chance")
-        else:
-            axis.axhline(chance[-1], color=d.GREY, linestyle="--", label="chance")
-        axis.set_xscale("log", base=2)
+            points = list(found[key][cue].values())
+            axis.plot([100 * p["value"] for p in points], color=colour, marker="o", label=f"asked by {cue}")
+            edges = ([100 * p[edge] for p in points] for edge in ("low", "high"))
+            axis.fill_between(range(len(points)), *edges, color=colour, alpha=0.15, linewidth=0)
+        axis.plot([100 * p["chance"] for p in points], color=d.GREY, linestyle="--", label="chance")
+        axis.set_xticks(range(len(points)), list(map(str, found[key]["image"])))
         axis.set_xlabel(label)
         axis.set_ylim(0, 102)
         axis.yaxis.set_major_formatter(d.PERCENT)
-    axes[1].set_xticks([0.5, *axes[1].get_xticks()[2:]])
-    axes[0].set_ylabel("pairs recalled")
-    axes[0].legend()
+    axes[0].set_ylabel("pairs recalled, 95 % intervals")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     d.save(figure, path)
 
 

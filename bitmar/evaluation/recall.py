@@ -1,15 +1,12 @@
 """What the memory recalls of pairs that it was shown once, asked by one modality alone.
 
 A pair is shown as an episode (bitmar/generation/episodes.py) and asked for by a cue: its image's vision tokens without
-any text, or its caption without any image; fusion, by which the text could see the image, takes no part. Which of N
-pairs the memory hands back is told in two ways:
+any text, or its caption without any image; fusion, by which the text could see the image, takes no part. The memory
+hands back the pair whose slot the cue reads most. (What it reads is no measure: a mix of other images' episodes
+resembles an image's own more than those of most others, so that comparing values finds the pair half the time where
+it was never shown.)
 
-    slots       the pair whose slots the cue reads most
-    decoding    the pair whose caption is likeliest when every position of the text reads what the image's cue recalled;
-                log probabilities are counted from their mean over all cues, so that a caption likely in itself wins
-                nothing by it
-
-Ties count by expectation: where nothing was recalled, all N tie and each cue is worth 1/N.
+Ties count by expectation: where nothing is read, all N tie and each cue is worth 1/N.
 Shapes: N pairs, V width of the image vector, C episode width, K slots.
 """
 
@@ -26,14 +23,13 @@ from torch import Tensor
 
 from bitmar.batch import Batch
 from bitmar.generation.episodes import pair_batch, remember
-from bitmar.generation.incremental import IncrementalReader, asked_memory, memory_reader
-from bitmar.generation.sampling import possible
+from bitmar.generation.incremental import asked_memory, memory_reader
 from bitmar.model.attention import text_positions
 from bitmar.model.bitmar import BitMar
 from bitmar.model.memory import MemoryState
 from bitmar.model.text import pooled
 from shards.loader import ShardSet, ValidationSet
-from shards.tokenizer import BOS, EOS
+from shards.tokenizer import BOS
 
 Cue = Literal["image", "text"]
 CUES: tuple[Cue, ...] = ("image", "text")
@@ -107,20 +103,6 @@ def slot_scores(
     return weights[:, 0, held.clamp(min=0)] * (held >= 0)
 
 
-@torch.no_grad()
-def decoding_scores(model: BitMar, memory: MemoryState, pairs: Pairs) -> Float[Tensor, "N N"]:
-    """Log probability of caption j when the memory is asked by image i, less its mean over images."""
-    count = len(pairs)
-    scores = torch.zeros(count, count, dtype=torch.float64)
-    for j, caption in enumerate(pairs.captions):
-        reader = IncrementalReader(model, memory, pairs.vectors, count, len(caption), by_image=True)
-        inputs, targets = torch.tensor(caption), torch.tensor([*caption[1:], EOS])
-        for token, target in zip(inputs, targets, strict=True):
-            seen = reader.read(token.expand(count, 1))
-            scores[:, j] += possible(seen.logits)[:, target]
-    return scores - scores.mean(0)
-
-
 def show(model: BitMar, memory: MemoryState, pairs: Pairs) -> tuple[MemoryState, tuple[int, ...]]:
     """The memory after it was shown the pairs, and the slot of each: -1 where a later pair has taken it."""
     memory, slots = remember(model, memory, pairs.captions, pairs.vectors)
@@ -131,25 +113,18 @@ def show(model: BitMar, memory: MemoryState, pairs: Pairs) -> tuple[MemoryState,
 class Recall:
     """Hits of N pairs, each in [0, 1]; chance is 1/N."""
 
-    cue: Cue
     shown: Float[Tensor, "N"]  # once, and nothing else
-    others: Float[Tensor, "N"]  # as many other pairs were shown
+    others: Float[Tensor, "N"]  # as many other pairs were shown instead: whether pair i reads the i-th of them most
     off: Float[Tensor, "N"]  # nothing was
 
 
-def recall_by_slots(model: BitMar, pairs: Pairs, others: Pairs, cue: Cue) -> Recall:
-    """Asked of an empty memory that was shown `pairs`, or `others`, or nothing."""
+def recall_once(model: BitMar, pairs: Pairs, others: Pairs, cue: Cue) -> Recall:
+    """Asked of an empty memory that was shown `pairs`, or as many `others`, or nothing."""
+    assert len(pairs) == len(others)
     empty = MemoryState.empty(model.config.memory_size, model.config.episode_dim)
-    none = (-1,) * len(pairs)
-    states = [show(model, empty, pairs), (show(model, empty, others)[0], none), (empty, none)]
-    return Recall(cue, *(hits(slot_scores(model, state, slots, pairs, cue)) for state, slots in states))
-
-
-def recall_by_decoding(model: BitMar, pairs: Pairs, others: Pairs) -> Recall:
-    """The same, by the likeliest caption; always asked by the image."""
-    empty = MemoryState.empty(model.config.memory_size, model.config.episode_dim)
-    states = [show(model, empty, pairs)[0], show(model, empty, others)[0], empty]
-    return Recall("image", *(hits(decoding_scores(model, state, pairs)) for state in states))
+    memory, slots = show(model, empty, pairs)
+    states = [(memory, slots), show(model, empty, others), (empty, slots)]
+    return Recall(*(hits(slot_scores(model, state, held, pairs, cue)) for state, held in states))
 
 
 def counts_up_to(most: int) -> list[int]:

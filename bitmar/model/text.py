@@ -5,7 +5,6 @@ Shapes: B rows, T positions, N captions (rows, where not packed), D width, V voc
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn

@@ -157,8 +157,14 @@ def fill_memory(
 
 
 def rounding_sums(x: Float[Tensor, "*B I"], asked: Float[Tensor, "*B"]) -> Float[Tensor, "4"]:
-    """(numbers that round to 0, numbers, squared rounding error, squared numbers) of a quantised layer's input, where
-    `asked` is 1 and not 0.
+    """The sums of `rounding_figures` where `asked` is 1 and not 0."""
+    figures = rounding_figures(x)
+    return figures @ asked.reshape(-1).to(figures.dtype)
+
+
+def rounding_figures(x: Float[Tensor, "*B I"]) -> Float[Tensor, "4 N"]:
+    """(numbers that round to 0, numbers, squared rounding error, squared numbers) of each token of a quantised layer's
+    input.
 
     x_q = round(127 x / max|x|), one step a token (bitmar/model/quantize.py).
     """
@@ -166,5 +172,13 @@ def rounding_sums(x: Float[Tensor, "*B I"], asked: Float[Tensor, "*B"]) -> Float
     rounded, step = quantize_activations(flat)
     zeros = flat.shape[1] - rounded.abs().clamp_(max=1).sum(1)
     error = torch.linalg.vector_norm(torch.addcmul(flat, rounded, step, value=-1), dim=1).square_()
-    rows = torch.stack([zeros, torch.full_like(zeros, flat.shape[1]), error, flat.square().sum(1)])
-    return rows @ asked.reshape(-1).to(rows.dtype)
+    return torch.stack([zeros, torch.full_like(zeros, flat.shape[1]), error, flat.square().sum(1)])
+
+
+def asked_positions(name: str, x: Tensor, batch: Batch) -> Bool[Tensor, "*B"]:
+    """Which positions, captions or vision tokens of the input `x` of a layer called `name` are real."""
+    if x.ndim == 2:
+        return batch.pair_mask
+    if name.startswith("vision.") or name.endswith(".key_value"):
+        return batch.pair_mask[:, None].expand(x.shape[:2])
+    return batch.token_mask

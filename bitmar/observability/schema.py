@@ -41,6 +41,7 @@ class Cadence(Enum):
     ATTENTION = "attention"  # at each pass of the probe set, see bitmar/probing.py
     LATENTS = "latents"  # every wandb.pca_log_interval steps, from the latents of the probe set
     VALIDATION = "validation"  # at each validation
+    EVALUATION = "evaluation"  # at the validations that evaluation.every_steps or a word milestone asks more of
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ _SUM, _MEAN, _EXP_MEAN, _STD = Reduction.SUM, Reduction.MEAN, Reduction.EXP_MEAN
 _ROOT_SUM, _ROOT_MEAN, _DERIVED = Reduction.ROOT_SUM, Reduction.ROOT_MEAN, Reduction.DERIVED
 _MAX, _MIN, _SAME = Reduction.MAX, Reduction.MIN, Reduction.SAME
 _STEP, _VALIDATION, _START = Cadence.STEP, Cadence.VALIDATION, Cadence.START
-_ATTENTION, _LATENTS = Cadence.ATTENTION, Cadence.LATENTS
+_ATTENTION, _LATENTS, _EVALUATION = Cadence.ATTENTION, Cadence.LATENTS, Cadence.EVALUATION
 
 # The one metric every line carries: the axis of all others.
 STEP_METRIC = "Training/Step"
@@ -170,6 +171,17 @@ _VALIDATIONS = (
         _SAME,
         _VALIDATION,
         "captions whose own image is the nearest of a fixed pool of 256 pairs, or of all where fewer are held out",
+    ),
+    Metric("Validation/Loss_No_Vision", "nats/token", _MEAN, _EVALUATION, "the same captions, without an image"),
+    Metric("Validation/Loss_Unrounded", "nats/token", _MEAN, _EVALUATION, "weights and activations as they are"),
+    Metric("Validation/Rounding_Cost", "nats/token", _MEAN, _EVALUATION, "Validation/Loss minus the loss unrounded"),
+    *(
+        Metric(f"Validation/{way}_{figure}", unit, _SAME, _EVALUATION, f"{meaning}, over all held-out pairs")
+        for way, what in (("Image_To_Text", "images whose caption"), ("Text_To_Image", "captions whose image"))
+        for figure, unit, meaning in (
+            *((f"R{depth}", "fraction", f"{what} is among the {depth} nearest") for depth in (1, 5, 10)),
+            ("Median_Rank", "rank", f"the place of the right one for half of the {what.split()[0]}"),
+        )
     ),
 )
 _MEMORY = (

@@ -31,7 +31,8 @@ from bitmar.engine.schedule import Rates
 from bitmar.engine.step import train_step
 from bitmar.engine.world import World
 from bitmar.engine.zero import ZeroEngine
-from bitmar.evaluation.perplexity import POOL, validate
+from bitmar.evaluation.in_training import evaluate_captions
+from bitmar.evaluation.perplexity import POOL, validate, without_vision
 from bitmar.losses import compute_losses
 from bitmar.model.bitmar import BitMar, Outputs, component_parameters, parameter_counts, parameter_sizes
 from bitmar.model.flops import Work, training_flops
@@ -45,7 +46,8 @@ from bitmar.observability.system import SystemProbe
 from bitmar.watch import Probes, Window
 from shards.loader import LoaderState
 from shards.rows import Rows
-from tests.support.batches import caption_batch, slice_batch, small_model, text_batch
+from shards.tokenizer import BOS
+from tests.support.batches import VOCABULARY, caption_batch, rows_of, slice_batch, small_model, text_batch
 from tests.support.ranks import run_ranks
 from tests.support.states import whole_states
 
@@ -83,20 +85,13 @@ def probe_batch(rank: int) -> Batch:
     return caption_batch(rows=4, seed=50 + rank, first_row=4 * rank)
 
 
-def rows_of(batch: Batch, sources: list[int]) -> Rows:
-    """A batch as the loader gives it."""
-    fields = {f.name for f in dataclasses.fields(Rows)}
-    arrays = {name: value.numpy() for name, value in vars(batch).items() if name in fields and name != "packed"}
-    modality = "pairs" if batch.has_vision.any() else "text"
-    return Rows(**arrays, sources=np.array(sources), packed=batch.packed, slots=1, modality=modality)
-
-
 class HeldOut:
     """A validation set of given batches; permuted, each image is the one of the next row."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
         self.rows = len(batch.rows) * RANKS
+        self.sample_of_row = np.arange(self.rows)
 
     def batches(self, vision: str = "right") -> list[Rows]:
         other = self._batch.vision.roll(1, 0) if vision == "permuted" else self._batch.vision
@@ -104,7 +99,9 @@ class HeldOut:
 
 
 def validation_batch(rank: int) -> Batch:
-    return caption_batch(rows=6, seed=80 + rank, first_row=6 * rank)
+    batch = caption_batch(rows=6, seed=80 + rank, first_row=6 * rank)
+    first = torch.full_like(batch.tokens[:, :1], BOS)
+    return batch.replace(tokens=torch.cat([first, batch.tokens[:, 1:]], dim=1))
 
 
 def measure(world: World, folder: str, cases: list[tuple[int, str, int]]) -> list[dict[str, Any]]:
@@ -185,7 +182,15 @@ def finish_measuring(run: Any, folder: Path, told: dict[str, Any]) -> None:
     run.engine.train(False)
     text = HeldOut(text_batch(rows=3, seed=90 + world.rank))
     captions: Any = HeldOut(validation_batch(world.rank))
-    validate(lambda b, m: run.engine.forward(b, m), captions, text, run.memory, world, validation)  # type: ignore[arg-type]
+
+    def forward(batch: Batch, memory: MemoryState) -> Outputs:
+        return run.engine.forward(batch, memory)
+
+    tables = validate(forward, captions, text, run.memory, world, validation)  # type: ignore[arg-type]
+    evaluation = Statistics(select(schema_of(run.watch.layout), Cadence.EVALUATION))
+    model = run.engine.module
+    evaluate_captions(forward, model, captions, captions, tables, VOCABULARY, run.memory, world, evaluation)
+    told["numbers"] |= reduce(evaluation, world).numbers
     told["numbers"] |= reduce(validation, world).numbers | told["start"]
     told["nonfinite"] = [name for name, value in told["numbers"].items() if not math.isfinite(value)]
 
@@ -465,31 +470,71 @@ class Joined:
             "shuffled": (turned, memory),
             "off": (captions, empty),
             "mixed": (captions, others),
+            "closed": ([without_vision(b) for b in captions], memory),
+            "unrounded": (captions, memory),
             "text": (text, memory),
         }
         found = {}
         for name, (batches, state) in ways.items():
-            outputs = [model(b, state) for b in batches]
+            asked = self.unrounded if name == "unrounded" else model
+            outputs = [asked(b, state) for b in batches]
             tokens = sum(int((b.targets != IGNORE).sum()) for b in batches)
             nats = sum(float(o.token_losses.sum(dtype=torch.float64)) for o in outputs)
             found[name] = nats / tokens, sum(int(o.hits.sum()) for o in outputs) / tokens
         return found
 
+    @property
+    def unrounded(self) -> BitMar:
+        """The model after the second step without quantisation."""
+        model = BitMar(dataclasses.replace(self.config.model, quantization=False), seed=1)
+        model.load_state_dict(self.model(2).state_dict())
+        return model.eval()
+
     @cached_property
-    def retrieval(self) -> float:
+    def found(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(text latents, vision latents, image ids) of the held-out captions."""
         model, parts = self.model(2).eval(), []
         for rank in range(RANKS):
             batch = validation_batch(rank)
             out = model(batch, self.memory(2))
             shown = (out.text_latent, out.vision_latent, batch.image_ids)
             parts.append([x[batch.pair_mask].detach() for x in shown])
-        text, vision, ids = (torch.cat(c) for c in zip(*parts, strict=True))
+        return tuple(torch.cat(c) for c in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    @cached_property
+    def retrieval(self) -> float:
+        text, vision, ids = self.found
         assert len(ids) <= POOL
         own = 0
         for caption in range(len(ids)):
             cosines = [float(F.cosine_similarity(text[caption], image, dim=0)) for image in vision]
             own += bool(ids[cosines.index(max(cosines))] == ids[caption])
         return own / len(ids)
+
+    def places(self, of_images: bool) -> list[int]:
+        """The place of the own image among all images for each caption, or of an image's best caption among all."""
+        text, vision, ids = self.found
+        images = sorted(set(ids.tolist()))
+        table = [
+            [float(F.cosine_similarity(t, vision[ids.tolist().index(image)], dim=0)) for image in images] for t in text
+        ]
+        owner = [images.index(image) for image in ids.tolist()]
+        if not of_images:
+            return [1 + sum(c > row[own] for c in row) for row, own in zip(table, owner, strict=True)]
+        found = []
+        for image in range(len(images)):
+            column = [row[image] for row in table]
+            best = max(c for c, own in zip(column, owner, strict=True) if own == image)
+            found.append(1 + sum(c > best for c in column))
+        return found
+
+    def within(self, depth: int, of_images: bool) -> float:
+        places = self.places(of_images)
+        return sum(place <= depth for place in places) / len(places)
+
+    def middle(self, of_images: bool) -> float:
+        places = sorted(self.places(of_images))
+        return places[(len(places) - 1) // 2]
 
     def similarity_of_slots(self) -> float:
         memory = self.memory(2)
@@ -598,6 +643,11 @@ CHECKS: dict[str, Check] = {
     "Validation/Memory_Gain_Shuffled": lambda j: j.held_out["mixed"][0] - j.held_out["right"][0],
     "Validation/Loss_Text": lambda j: j.held_out["text"][0],
     "Validation/Retrieval_R1": lambda j: j.retrieval,
+    "Validation/Loss_No_Vision": lambda j: j.held_out["closed"][0],
+    "Validation/Loss_Unrounded": lambda j: j.held_out["unrounded"][0],
+    "Validation/Rounding_Cost": lambda j: j.held_out["right"][0] - j.held_out["unrounded"][0],
+    "Validation/Image_To_Text_Median_Rank": lambda j: j.middle(True),
+    "Validation/Text_To_Image_Median_Rank": lambda j: j.middle(False),
     "Memory/Usage_Mean": lambda j: mean_of(j.memory(2).usage),
     "Memory/Usage_Entropy": lambda j: -sum(u * math.log(u) for u in j.usage().tolist() if u > 0),
     "Memory/Active_Slots_Percentage": lambda j: 100 * mean_of(j.memory(2).written.double()),
@@ -696,6 +746,11 @@ for _latent in ("Text", "Vision", "Episode"):
         f"Features/{_latent}_Max": lambda j, n=_latent: float(j.latents(n).max()),
         f"Features/{_latent}_Norm": lambda j, n=_latent: mean_of(j.latents(n).norm(dim=1)),
         f"Features/{_latent}_Effective_Rank": lambda j, n=_latent: j.effective_rank(n),
+    }
+for _depth in (1, 5, 10):
+    CHECKS |= {
+        f"Validation/Image_To_Text_R{_depth}": lambda j, d=_depth: j.within(d, True),
+        f"Validation/Text_To_Image_R{_depth}": lambda j, d=_depth: j.within(d, False),
     }
 HISTORY = ("Training/Loss_Epoch_Mean", "Training/Loss_Trend", "Training/Validation_Ratio")  # a test of their own
 LOOSE = {"System/Memory_RSS": 0.2, "System/Open_Files": 0.2, "System/Disk_Free": 0.2, "System/Node_": 0.2}

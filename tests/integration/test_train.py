@@ -164,7 +164,7 @@ def test_the_run_directory_is_complete(runs: Path) -> None:
     run = runs / "straight1"
     names = {path.name for path in run.iterdir()}
     files = {"config.yaml", "tokenizer.json", "metrics.jsonl", "events.jsonl", "log.txt", "summary.json"}
-    assert names == files | {"checkpoints", "attention_analysis"}  # pictures: test_pictures.py
+    assert names == files | {"checkpoints", "attention_analysis", "evaluation"}  # pictures: test_pictures.py
     assert all((run / name).stat().st_size > 0 for name in files)
     assert load_config(run / "config.yaml").run.name == "straight1"
     kinds = [line["kind"] for line in read_lines(run / EVENTS_FILE)]

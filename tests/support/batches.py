@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import torch
 
 from bitmar.batch import IGNORE, Batch, Packing
 from bitmar.config import ModelConfig
 from bitmar.model.bitmar import BitMar
 from bitmar.model.memory import MemoryState, write
+from shards.rows import Rows
 
 VOCABULARY = 97
 
@@ -139,3 +143,11 @@ def logits_of(model: BitMar, batch: Batch, memory: MemoryState, recall: bool = F
     logits = model(batch, memory, recall, logits=True).logits
     assert logits is not None
     return logits
+
+
+def rows_of(batch: Batch, sources: list[int]) -> Rows:
+    """A batch as the loader gives it."""
+    fields = {f.name for f in dataclasses.fields(Rows)}
+    arrays = {name: value.numpy() for name, value in vars(batch).items() if name in fields and name != "packed"}
+    modality = "pairs" if batch.has_vision.any() else "text"
+    return Rows(**arrays, sources=np.array(sources), packed=batch.packed, slots=1, modality=modality)

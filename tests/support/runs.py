@@ -63,6 +63,7 @@ def recipe(shards: Path, directory: Path, name: str, stage: int = 1) -> dict[str
         "engine": {"ds_config": str(ROOT / f"ds_configs/zero{stage}.json"), "threads_per_rank": 1},
         "checkpoint": {"every_steps": 5, "keep_last": 2},
         "validation": {"every_steps": 5, "max_samples": 24, "micro_batch": 8},
+        "evaluation": {"every_steps": 10},
         "wandb": {
             "log_every_n_steps": 1,
             "attention_log_interval": 5,

@@ -96,7 +96,7 @@ bitmar.export
 bitmar.watch
 bitmar.assembly
 bitmar.probing
-bitmar.observing bitmar.saving
+bitmar.observing bitmar.saving bitmar.evaluating
 bitmar.recovery
 bitmar.plan
 bitmar.rehearsal

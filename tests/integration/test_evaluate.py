@@ -1,0 +1,213 @@
+"""tools/evaluate.py and tools/vqa.py on a run of 20 steps, as a user runs them; one rank and two; mistakes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from bitmar.engine.progress import checkpoint_directories
+from bitmar.engine.world import World, free_port
+from bitmar.evaluation.suite import TASKS
+from bitmar.train import train
+from tests.support.processes import shell_environment
+from tests.support.ranks import run_ranks
+from tests.support.runs import ROOT, STEPS, metrics, tiny_config
+from tools import evaluate, vqa
+
+pytestmark = pytest.mark.slow
+
+SAMPLES = 24  # of the recipe's validation
+WIDTH = 768
+
+
+def train_briefly(world: World, folder: str, shards: str) -> None:
+    train(tiny_config(Path(folder), Path(shards), Path(folder) / "runs", "run"), world)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    run_ranks(1, folder / "ranks", train_briefly, str(folder), str(tiny_shards))
+    return folder / "runs" / "run"
+
+
+def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def questions(items: int = 5) -> list[dict[str, Any]]:
+    def image(row: int) -> dict[str, Any]:
+        return {"file": "vectors.npy", "row": row}
+
+    texts = ["a dog", "two cats", "the sea"]
+    return [{"image": image(n), "question": "what is it?", "candidates": texts, "answer": n % 3} for n in range(items)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSONL files of every kind, and their vectors."""
+    folder = tmp_path_factory.mktemp("items")
+    np.save(folder / "vectors.npy", np.random.default_rng(0).normal(size=(5, WIDTH)).astype(np.float32))
+    np.save(folder / "wide.npy", np.zeros((5, WIDTH + 1), np.float32))
+    write_lines(folder / "vqa.jsonl", questions())
+    good = [
+        {"sentence_good": f"the dog {n} runs", "sentence_bad": f"dog the {n} run", "UID": "ab"[n % 2]} for n in range(6)
+    ]
+    write_lines(folder / "blimp.jsonl", good)
+    pairs = [
+        {"image_0": {"file": "vectors.npy", "row": n}, "image_1": {"file": "vectors.npy", "row": n + 1}} for n in (0, 2)
+    ]
+    texts = {"caption_0": "a dog by the sea", "caption_1": "the sea by a dog"}
+    write_lines(folder / "winoground.jsonl", [pair | texts for pair in pairs])
+    return folder
+
+
+def flags(run: Path, files: Path, out: Path) -> list[str]:
+    named = {"minimal_pairs": "blimp", "vqa": "vqa", "winoground": "winoground"}
+    given = [part for task, name in named.items() for part in (f"--{task}", str(files / f"{name}.jsonl"))]
+    return ["--checkpoint", str(run), *given, "--max_samples", str(SAMPLES), "--threads", "1", "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def told(run: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], str]]:
+    """(the JSON, what was printed) of one rank and of two."""
+    folder, results = tmp_path_factory.mktemp("scores"), []
+    for size in (1, 2):
+        out, port, ranks = folder / f"{size}.json", str(free_port()), []
+        for rank in range(size):
+            where = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(size)}
+            group = shell_environment(**where, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, DS_ACCELERATOR="cpu")
+            command = [
+                sys.executable,
+                str(ROOT / "tools" / "evaluate.py"),
+                *flags(run, files, out),
+                f"--local_rank={rank}",
+            ]
+            ranks.append(subprocess.Popen(command, cwd=ROOT, env=group, stdout=-1, stderr=-1, text=True))
+        said = [rank.communicate(timeout=300) for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * size, said
+        assert all(text == "" for text, _ in said[1:]), "rank 0 alone tells"
+        results.append((json.loads(out.read_text()), said[0][0]))
+        assert out.with_suffix(".png").is_file()
+    assert imread(folder / "1.png").shape[1] == 1200
+    return results
+
+
+def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {f"{score['task']}: {score['name']}": score for score in result["scores"]}
+
+
+def test_two_ranks_give_the_scores_of_one(told: list[tuple[dict[str, Any], str]]) -> None:
+    one, two = (by_name(result) for result, _ in told)
+    assert one.keys() == two.keys()
+    assert [result["ranks"] for result, _ in told] == [1, 2]
+    for name, score in one.items():
+        for part in ("value", "low", "high", "chance"):
+            expected = score[part] if score[part] is None else pytest.approx(score[part], rel=1e-6, abs=1e-6)
+            assert two[name][part] == expected, name
+        assert two[name]["count"] == score["count"]
+
+
+def test_every_task_has_scores_with_intervals(told: list[tuple[dict[str, Any], str]]) -> None:
+    (result, printed), _ = told
+    names = {score["task"].lower().replace(" ", "_") for score in result["scores"]}
+    assert names == TASKS.keys() == result["seconds"].keys()
+    for name, score in by_name(result).items():
+        if score["low"] is not None:
+            assert score["low"] <= score["value"] <= score["high"] or "BLEU" in name, name
+        else:
+            assert score["unit"] == "weight" or "distinct" in name or "length of references" in name, name
+        assert score["name"] in " ".join(printed.split()), name
+    found = by_name(result)
+    assert found["minimal pairs: accuracy"]["count"] == 6
+    assert found["minimal pairs: accuracy, a"]["count"] == 3
+    assert found["VQA: accuracy"]["chance"] == pytest.approx(1 / 3)
+    assert found["Winoground: group score"]["count"] == 2
+    assert found["distractors: accuracy"]["chance"] == pytest.approx(1 / 8)
+    assert result["generated"] is True
+
+
+def test_scores_are_those_of_the_training_s_own_validation(told: list[tuple[dict[str, Any], str]], run: Path) -> None:
+    found = by_name(told[0][0])
+    logged = [line for line in metrics(run) if "Validation/Loss_Unrounded" in line]
+    assert [line["Training/Step"] for line in logged] == [10, STEPS]
+    names = {
+        "Loss": "perplexity: loss, right vision, memory on",
+        "Perplexity": "perplexity: perplexity, right vision, memory on",
+        "Token_Accuracy": "perplexity: token accuracy, right vision, memory on",
+        "Loss_Shuffled_Vision": "perplexity: loss, permuted vision, memory on",
+        "Loss_No_Vision": "perplexity: loss, no vision, memory on",
+        "Memory_Gain": "perplexity: gain of the memory",
+        "Memory_Gain_Shuffled": "perplexity: gain of the memory over a mixed-up one",
+        "Loss_Text": "perplexity: loss, text, memory on",
+        "Loss_Unrounded": "quantization: loss, weights and activations unrounded",
+        "Rounding_Cost": "quantization: what rounding costs",
+        "Image_To_Text_R5": "retrieval: image to text R@5",
+        "Text_To_Image_R10": "retrieval: text to image R@10",
+        "Text_To_Image_Median_Rank": "retrieval: text to image median rank",
+    }
+    for metric, name in names.items():
+        assert logged[-1][f"Validation/{metric}"] == pytest.approx(found[name]["value"], rel=1e-4, abs=1e-4), metric
+
+
+def test_training_leaves_its_scores_behind(run: Path) -> None:
+    written = sorted(path.name for path in (run / "evaluation").iterdir())
+    assert written == ["step_10.json", "step_20.json"]
+    result = json.loads((run / "evaluation" / "step_20.json").read_text())
+    assert result["step"] == STEPS
+    assert result["words"] == metrics(run)[-1].get("Training/Words", result["words"])
+    assert {score["task"] for score in result["scores"]} == {"perplexity", "quantization", "retrieval"}
+
+
+def test_vqa_answers_every_question(run: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "answers.jsonl"
+    data = str(files / "vqa.jsonl")
+    code = vqa.main(["--checkpoint", str(run), "--data", data, "--memory", "off", "--out", str(out), "--threads", "1"])
+    assert code == 0
+    assert "accuracy without the image" in capsys.readouterr().out
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["item"] for answer in answers] == [1, 2, 3, 4, 5]
+    for answer in answers:
+        assert answer["chosen"] == int(np.argmax(answer["log_probabilities"]))
+        assert len(answer["log_probabilities"]) == 3
+
+
+def test_mistakes_are_one_line(
+    run: Path, files: Path, tmp_path: Path, other_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "damaged")
+    (checkpoint_directories(tmp_path / "damaged")[0] / "parameters-00000.safetensors").write_bytes(b"x")
+    wide = [questions()[0], questions()[1] | {"image": {"file": "wide.npy", "row": 0}}]
+    write_lines(files / "wide.jsonl", wide)
+    checkpoint = ["--checkpoint", str(run)]
+    cases = [
+        ([*checkpoint, "--tasks", "perplexity,poetry"], "unknown task 'poetry'; there are perplexity, "),
+        ([*checkpoint, "--tasks", "vqa"], "task vqa needs a file: --vqa"),
+        ([*checkpoint, "--tasks", "perplexity", "--shards", str(other_shards)], "another tokenizer"),
+        ([*checkpoint, "--tasks", "retrieval", "--shards", str(tmp_path)], str(tmp_path)),
+        (
+            [*checkpoint, "--tasks", "vqa", "--vqa", str(files / "wide.jsonl")],
+            "wide.jsonl:2: image: wide.npy has shape",
+        ),
+        ([*checkpoint, "--tasks", "perplexity", "--max_samples", "0"], "--max_samples"),
+        (["--checkpoint", str(tmp_path / "damaged"), "--tasks", "retrieval"], "parameters-00000.safetensors"),
+        (["--checkpoint", str(tmp_path)], "neither a run's folder"),
+    ]
+    for arguments, words in cases:
+        assert evaluate.main([*arguments, "--threads", "1", "--out", str(tmp_path / "out.json")]) == 2, arguments
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("error: ")
+        assert said.err.count("\n") == 1
+        assert words in said.err
+    assert not (tmp_path / "out.json").exists()

@@ -1,0 +1,145 @@
+"""Score a trained model: a table, RUN/evaluation/step_X.json and a picture, each score with a 95 % interval and chance.
+
+    python tools/evaluate.py --checkpoint runs/demo --shards data/demo/shards --tasks all
+    deepspeed --num_accelerators 2 tools/evaluate.py --checkpoint runs/demo --shards DIR --tasks perplexity,retrieval
+    python tools/evaluate.py --checkpoint runs/demo --tasks minimal_pairs --minimal_pairs blimp.jsonl
+
+Any number of ranks gives the same scores. The JSONL files of choice tasks are described in bitmar/evaluation/items.py.
+Exit code 0: done; 2: a mistake in what was asked, or a damaged checkpoint, which is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from bitmar.config import ConfigError, load_config
+from bitmar.engine.world import World
+from bitmar.evaluation.plots import draw_scores
+from bitmar.evaluation.scores import FOLDER, Score, write_scores
+from bitmar.evaluation.suite import FROM_FILES, TASKS, Subject, open_subject
+from bitmar.loading import CONFIG_FILE, find_checkpoint
+from bitmar.observability.drawing import About
+from tools.ranks import on_ranks
+
+ALL = "all"
+FILES = (*FROM_FILES, "distractors")
+PLAIN_WIDTH = 160  # of the table where no terminal tells its own
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="evaluate", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run's folder or a checkpoint")
+    parser.add_argument("--shards", metavar="DIR", help="whose validation split is scored; default: the run's own")
+    parser.add_argument(
+        "--tasks", default=ALL, help=f"of {', '.join(TASKS)}, with commas; default: all that there is data for"
+    )
+    for name in FILES:
+        parser.add_argument(f"--{name}", type=Path, metavar="JSONL")
+    parser.add_argument(
+        "--max_samples", type=int, default=2048, help="held-out captions and texts: %(default)s; retrieval takes all"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a rank; default: cores over ranks")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/evaluation/step_X.json, and .png beside")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_args(arguments)
+
+
+def chosen_tasks(known: argparse.Namespace) -> list[str]:
+    """The tasks asked for, in their order. Raises ConfigError for one that is unknown or lacks its file."""
+    asked = [name.strip() for name in known.tasks.split(",")]
+    for name in asked:
+        if name not in (*TASKS, ALL):
+            raise ConfigError(f"unknown task {name!r}; there are {', '.join(TASKS)} and {ALL}")
+    lacking = [name for name in FROM_FILES if getattr(known, name) is None]
+    for name in asked:
+        if name in lacking:
+            raise ConfigError(f"task {name} needs a file: --{name} FILE.jsonl")
+    return [name for name in TASKS if name in asked or (ALL in asked and name not in lacking)]
+
+
+def evaluate(known: argparse.Namespace, world: World) -> None:
+    """Run the tasks, and tell of them on rank 0."""
+    if known.max_samples < 1:
+        raise ConfigError(f"--max_samples must be > 0, got {known.max_samples}")
+    tasks = chosen_tasks(known)
+    run, _ = find_checkpoint(known.checkpoint)
+    files = {name: getattr(known, name) for name in FILES if getattr(known, name) is not None}
+    shards = None
+    if any(task not in files for task in tasks):
+        shards = known.shards or load_config(run / CONFIG_FILE).data.shards
+    subject = open_subject(known.checkpoint, shards, world, files, known.max_samples)
+    scores, seconds = list[Score](), dict[str, float]()
+    for task in tasks:
+        world.barrier()
+        started = time.perf_counter()
+        found = TASKS[task](subject)
+        world.barrier()
+        seconds[task] = round(time.perf_counter() - started, 3)
+        scores += found
+        if not found:
+            subject.notes.append(f"{task} is left out: {shards} holds nothing out for it")
+    if world.is_first:
+        tell(subject, scores, seconds, known.out or run / FOLDER / f"step_{subject.loaded.progress.step}.json")
+
+
+def tell(subject: Subject, scores: list[Score], seconds: dict[str, float], path: Path) -> None:
+    """Write the files and print the table."""
+    loaded, shards = subject.loaded, subject.shards
+    generated = shards is not None and shards.generated
+    header: dict[str, Any] = {
+        "checkpoint": str(loaded.checkpoint),
+        "step": loaded.progress.step,
+        "words": loaded.progress.words,
+        "shards": None if shards is None else shards.location,
+        "generated": generated,
+        "ranks": subject.world.size,
+        "device": subject.world.device.type,
+        "seconds": seconds,
+    }
+    write_scores(path, header, scores, subject.notes)
+    about = About(loaded.config.run.name, loaded.progress.step, generated)
+    picture = draw_scores(about, scores, path.with_suffix(".png"))
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    console.print(table_of(scores))
+    for line in (*subject.notes, *map(str, filter(None, (path, picture)))):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def table_of(scores: Sequence[Score]) -> Table:
+    """A line a score."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, justify in (("task", "left"), ("score", "left"), *((n, "right") for n in ("value", "95 %", "chance"))):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("measure", no_wrap=True)
+    table.add_column("of", justify="right", no_wrap=True)
+    last = None
+    for s in scores:
+        spread = "" if s.low is None or s.high is None else f"{number(s.low)} to {number(s.high)}"
+        task = "" if s.task == last else s.task
+        last = s.task
+        chance = "" if s.chance is None else number(s.chance)
+        table.add_row(task, s.name, number(s.value), spread, chance, s.measure, f"{s.count:,} {s.unit}s")
+    return table
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    known = parse(arguments)
+    return on_ranks(lambda world: evaluate(known, world), known.threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
