@@ -24,7 +24,7 @@ FLAGS = (
     *("--no-first-run", "--no-default-browser-check", "--disable-extensions"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     # a page that needs the network must fail
-    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--remote-debugging-pipe",
 )
 
@@ -32,8 +32,8 @@ FLAGS = (
 class Page:
     """One page: what it logged, threw and asked for, and what is in it."""
 
-    def __init__(self, browser: Browser, session: str) -> None:
-        self._browser, self._session = browser, session
+    def __init__(self, browser: Browser, session: str, target: str) -> None:
+        self._browser, self._session, self._target = browser, session, target
         self.problems: list[str] = []
         self.requests: list[str] = []
 
@@ -43,7 +43,7 @@ class Page:
         match event["method"]:
             case "Network.requestWillBeSent":
                 self.requests.append(params["request"]["url"])
-            case "Network.loadingFailed":
+            case "Network.loadingFailed" if not params.get("canceled"):  # by the page itself
                 self.problems.append(f"failed: {params['errorText']}")
             case "Runtime.exceptionThrown":
                 details = params["exceptionDetails"]
@@ -69,6 +69,10 @@ class Page:
         while not self.evaluate(expression):
             assert time.monotonic() < limit, f"never true: {expression}; problems: {self.problems}"
             time.sleep(0.05)
+
+    def close(self) -> None:
+        """As a person closes a tab. A browser keeps six connections to a server, of which an open page may hold one."""
+        self._browser.ask("Target.closeTarget", {"targetId": self._target})
 
     def drag(self, start: tuple[float, float], stop: tuple[float, float]) -> None:
         """Press the mouse at one place and release it at another."""
@@ -126,11 +130,12 @@ class Browser:
         message, _, self._rest = self._rest.partition(b"\0")
         return json.loads(message)
 
-    def open(self, path: Path, width: int = 1280, height: int = 900, mobile: bool = False) -> Page:
-        """Open a local file in a screen of this size, and wait until it is loaded."""
+    def open(self, place: Path | str, width: int = 1280, height: int = 900, mobile: bool = False) -> Page:
+        """Open a local file, or an address, in a screen of this size, and wait until it is loaded."""
+        address = place if isinstance(place, str) else place.resolve().as_uri()
         target = self.ask("Target.createTarget", {"url": "about:blank"})["targetId"]
         session = self.ask("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
-        page = self._pages[session] = Page(self, session)
+        page = self._pages[session] = Page(self, session, target)
         for domain in ("Page", "Runtime", "Log", "Network"):
             page.ask(f"{domain}.enable")
         page.ask(
@@ -141,8 +146,8 @@ class Browser:
             mobile=mobile,
         )
         page.ask("Emulation.setTouchEmulationEnabled", enabled=mobile)
-        page.ask("Page.navigate", url=path.resolve().as_uri())
-        page.wait_for(f"document.readyState === 'complete' && location.href === {json.dumps(path.resolve().as_uri())}")
+        page.ask("Page.navigate", url=address)
+        page.wait_for(f"document.readyState === 'complete' && location.href === {json.dumps(address)}")
         return page
 
 
