@@ -78,6 +78,8 @@ def texts_of(loaded: Loaded, known: argparse.Namespace) -> list[str]:
     if vectors is not None:
         vectors = vectors.repeat_interleave(known.count, 0)
     memory = memory_of(loaded, known.memory)
+    limit = loaded.config.data.row_tokens
+    require(len(prompt) < limit, f"the prompt has {len(prompt) - 1} tokens: this model was trained on rows of {limit}")
     if known.write_episode is not None:
         require(
             vectors is not None and known.prompt and count == 1, "--write_episode needs one --vector and a --prompt"
@@ -88,7 +90,7 @@ def texts_of(loaded: Loaded, known: argparse.Namespace) -> list[str]:
     sampling = Sampling(
         known.max_tokens, known.temperature, known.top_k, known.top_p, known.beams, known.length_penalty, known.seed
     )
-    found = generate(model, memory, [prompt] * count, vectors, sampling, loaded.config.data.row_tokens)
+    found = generate(model, memory, [prompt] * count, vectors, sampling, limit)
     return [known.prompt + tokenizer.decode(text.tokens) for text in found]
 
 

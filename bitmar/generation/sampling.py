@@ -36,6 +36,7 @@ class Sampling:
         require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
         require(self.beams > 0, f"beams must be > 0, got {self.beams}")
         require(self.length_penalty >= 0, f"length_penalty must be >= 0, got {self.length_penalty}")
+        require(0 <= self.seed < 1 << 31, f"seed must lie in [0, 2^31), got {self.seed}")
         require(self.beams == 1 or self.temperature == 0, "beams > 1 search for the likeliest: leave temperature at 0")
         free = self.temperature == 0 and (self.top_k is not None or self.top_p < 1)
         require(not free, "top_k and top_p change nothing at temperature 0: give a temperature")

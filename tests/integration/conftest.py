@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from bitmar.engine.world import World
+from bitmar.train import train
 from tests.integration.hosts import Network, network
-from tests.support.runs import make_shards, run_tool
+from tests.support.ranks import run_ranks
+from tests.support.runs import make_shards, run_tool, tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +32,18 @@ def tiny_shards(tiny_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def other_shards(tiny_raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same raw files under another tokenizer."""
     return make_shards(tiny_raw, tmp_path_factory.mktemp("other_shards") / "shards", vocabulary=400)
+
+
+def train_briefly(world: World, folder: str, shards: str) -> None:
+    train(tiny_config(Path(folder), Path(shards), Path(folder) / "runs", "run"), world)
+
+
+@pytest.fixture(scope="session")
+def brief_run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    """A run of 20 steps: 2 encoder, 2 decoder layers and a fusion layer of 2 heads each. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("brief")
+    run_ranks(1, folder / "ranks", train_briefly, str(folder), str(tiny_shards))
+    return folder / "runs" / "run"
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitmar.engine.world import World
 from bitmar.generation.generate import generate
 from bitmar.generation.sampling import Sampling
 from bitmar.loading import load_trained
 from bitmar.model.packed import freeze
-from bitmar.train import train
 from shards.loader import ShardSet
 from shards.tokenizer import BOS, TextTokenizer
 from tests.support.browser import Browser, Page, chromium
-from tests.support.ranks import run_ranks
-from tests.support.runs import ROOT, heed_interrupts, make_shards, tiny_config
+from tests.support.runs import ROOT, heed_interrupts, make_shards
 from tools.demo_app import main
 from tools.demo_page.pairs import Pair, held_out
 
@@ -54,19 +51,6 @@ RECORD = """window.told = []; new MutationObserver(() => {
 WRITTEN = "document.querySelector('#written .caption[data-done=\"1\"]') !== null"
 
 
-def train_briefly(world: World, folder: str, shards: str) -> None:
-    """Ten steps, the last two of which write to the memory."""
-    config = tiny_config(Path(folder), Path(shards), Path(folder) / "runs", "run", "training.max_steps=10")
-    train(config, world)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
-    folder = tmp_path_factory.mktemp("demo_app")
-    run_ranks(1, folder / "ranks", train_briefly, str(folder), str(tiny_shards))
-    return folder / "runs" / "run"
-
-
 @pytest.fixture(scope="module")
 def pairs(tiny_shards: Path) -> list[Pair]:
     return held_out(ShardSet.open(tiny_shards), 200)
@@ -81,9 +65,9 @@ def contacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(run: Path, tiny_shards: Path, contacts: Path) -> Iterator[str]:
+def address(brief_run: Path, tiny_shards: Path, contacts: Path) -> Iterator[str]:
     """The page, served as a user does, until Ctrl-C."""
-    command = [sys.executable, str(ROOT / "tools" / "demo_app.py"), "--checkpoint", str(run)]
+    command = [sys.executable, str(ROOT / "tools" / "demo_app.py"), "--checkpoint", str(brief_run)]
     paths = os.pathsep.join(filter(None, [str(contacts.parent), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": paths, "CONTACTS": str(contacts)}
     with subprocess.Popen(
@@ -183,21 +167,21 @@ def check_nothing_is_wrong(page: Page) -> None:
     assert page.evaluate(OVERFLOW) <= 0
 
 
-def expected(run: Path, pair: Pair, prompt: str) -> str:
-    loaded = load_trained(run)
+def expected(brief_run: Path, pair: Pair, prompt: str) -> str:
+    loaded = load_trained(brief_run)
     tokenizer = TextTokenizer(loaded.tokenizer)
     begin = [BOS, *tokenizer.encode_batch([prompt]).tokens.tolist()]
     (found,) = generate(freeze(loaded.model), loaded.memory, [begin], pair.vector[None], Sampling(), 32)
     return tokenizer.decode([*begin[1:], *found.tokens])
 
 
-def test_a_caption_is_written_token_by_token(page: Page, run: Path, pairs: list[Pair]) -> None:
+def test_a_caption_is_written_token_by_token(page: Page, brief_run: Path, pairs: list[Pair]) -> None:
     assert pairs[0].caption in text_of(page, "#card")
     assert pairs[0].key in text_of(page, "#card")
     page.evaluate(RECORD)
     fill(page, "#prompt textarea", "a dog")
     caption = write_caption(page)
-    assert caption == expected(run, pairs[0], "a dog").strip()
+    assert caption == expected(brief_run, pairs[0], "a dog").strip()
     told = page.evaluate("window.told")
     assert len(told) > 5
     assert all(later.startswith(sooner.rstrip("\ufffd")) for sooner, later in itertools.pairwise(told))
@@ -208,11 +192,11 @@ def test_a_caption_is_written_token_by_token(page: Page, run: Path, pairs: list[
     check_nothing_is_wrong(page)
 
 
-def test_another_pair_and_drawn_captions(page: Page, pairs: list[Pair], run: Path) -> None:
+def test_another_pair_and_drawn_captions(page: Page, pairs: list[Pair], brief_run: Path) -> None:
     choose(page, "#pair", pairs[3].caption[:40])
     page.wait_for(f"document.querySelector('#card').textContent.includes({json.dumps(pairs[3].key)})")
     greedy = write_caption(page)
-    assert greedy == expected(run, pairs[3], "").strip()
+    assert greedy == expected(brief_run, pairs[3], "").strip()
     fill(page, "#temperature input[type=number]", "1.5")
     page.evaluate("document.querySelector('#temperature input[type=number]').dispatchEvent(new Event('change'))")
     drawn = write_caption(page)
@@ -277,7 +261,7 @@ def give_file(page: Page, path: Path) -> None:
     page.wait_for(f"document.querySelector('#file').textContent.includes('{path.stem}')")
 
 
-def test_a_vector_of_ones_own(page: Page, pairs: list[Pair], run: Path, tmp_path: Path) -> None:
+def test_a_vector_of_ones_own(page: Page, pairs: list[Pair], brief_run: Path, tmp_path: Path) -> None:
     for name, vector in (("own", pairs[5].vector.numpy()), ("wide", np.zeros(5, np.float32))):
         np.save(tmp_path / f"{name}.npy", vector)
     page.evaluate("document.querySelectorAll('#source input')[1].click()")
@@ -285,7 +269,7 @@ def test_a_vector_of_ones_own(page: Page, pairs: list[Pair], run: Path, tmp_path
     click(page, "#generate")
     assert "give a .npy of one image vector" in complaint(page)
     give_file(page, tmp_path / "own.npy")
-    assert write_caption(page) == expected(run, pairs[5], "").strip()
+    assert write_caption(page) == expected(brief_run, pairs[5], "").strip()
     click(page, "#file [aria-label='Clear']")
     give_file(page, tmp_path / "wide.npy")
     click(page, "#generate")
@@ -307,7 +291,7 @@ def test_nobody_else_is_contacted(page: Page, contacts: Path) -> None:
 
 
 def test_mistakes(
-    run: Path, tiny_raw: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    brief_run: Path, tiny_raw: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text"
     text.mkdir()
@@ -319,11 +303,11 @@ def test_mistakes(
         port = taken.getsockname()[1]
         cases = {
             "neither a run's folder": (tmp_path, tiny_shards),
-            "validation split holds no pairs": (run, bare),
-            "nowhere": (run, tmp_path / "nowhere"),
-            f"--port {port}: Address already in use": (run, tiny_shards, "--port", port),
-            "--port must lie in 0 to 65535": (run, tiny_shards, "--port", 99999),
-            "--pairs must be > 0": (run, tiny_shards, "--pairs", 0),
+            "validation split holds no pairs": (brief_run, bare),
+            "nowhere": (brief_run, tmp_path / "nowhere"),
+            f"--port {port}: Address already in use": (brief_run, tiny_shards, "--port", port),
+            "--port must lie in 0 to 65535": (brief_run, tiny_shards, "--port", 99999),
+            "--pairs must be > 0": (brief_run, tiny_shards, "--pairs", 0),
         }
         for words, (checkpoint, shards, *more) in cases.items():
             arguments = ["--checkpoint", checkpoint, "--shards", shards, *more]

@@ -15,29 +15,16 @@ import pytest
 from matplotlib.image import imread
 
 from bitmar.engine.progress import checkpoint_directories
-from bitmar.engine.world import World, free_port
+from bitmar.engine.world import free_port
 from bitmar.evaluation.suite import TASKS
-from bitmar.train import train
 from tests.support.processes import shell_environment
-from tests.support.ranks import run_ranks
-from tests.support.runs import ROOT, STEPS, metrics, tiny_config
+from tests.support.runs import ROOT, STEPS, metrics
 from tools import evaluate, vqa
 
 pytestmark = pytest.mark.slow
 
 SAMPLES = 24  # of the recipe's validation
 WIDTH = 768
-
-
-def train_briefly(world: World, folder: str, shards: str) -> None:
-    train(tiny_config(Path(folder), Path(shards), Path(folder) / "runs", "run"), world)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
-    folder = tmp_path_factory.mktemp("evaluated")
-    run_ranks(1, folder / "ranks", train_briefly, str(folder), str(tiny_shards))
-    return folder / "runs" / "run"
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> Path:
@@ -72,14 +59,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def flags(run: Path, files: Path, out: Path) -> list[str]:
+def flags(brief_run: Path, files: Path, out: Path) -> list[str]:
     named = {"minimal_pairs": "blimp", "vqa": "vqa", "winoground": "winoground"}
     given = [part for task, name in named.items() for part in (f"--{task}", str(files / f"{name}.jsonl"))]
-    return ["--checkpoint", str(run), *given, "--max_samples", str(SAMPLES), "--threads", "1", "--out", str(out)]
+    return ["--checkpoint", str(brief_run), *given, "--max_samples", str(SAMPLES), "--threads", "1", "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
-def told(run: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], str]]:
+def told(brief_run: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], str]]:
     """(the JSON, what was printed) of one rank and of two."""
     folder, results = tmp_path_factory.mktemp("scores"), []
     for size in (1, 2):
@@ -90,7 +77,7 @@ def told(run: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> li
             command = [
                 sys.executable,
                 str(ROOT / "tools" / "evaluate.py"),
-                *flags(run, files, out),
+                *flags(brief_run, files, out),
                 f"--local_rank={rank}",
             ]
             ranks.append(subprocess.Popen(command, cwd=ROOT, env=group, stdout=-1, stderr=-1, text=True))
@@ -137,9 +124,11 @@ def test_every_task_has_scores_with_intervals(told: list[tuple[dict[str, Any], s
     assert result["generated"] is True
 
 
-def test_scores_are_those_of_the_training_s_own_validation(told: list[tuple[dict[str, Any], str]], run: Path) -> None:
+def test_scores_are_those_of_the_training_s_own_validation(
+    told: list[tuple[dict[str, Any], str]], brief_run: Path
+) -> None:
     found = by_name(told[0][0])
-    logged = [line for line in metrics(run) if "Validation/Loss_Unrounded" in line]
+    logged = [line for line in metrics(brief_run) if "Validation/Loss_Unrounded" in line]
     assert [line["Training/Step"] for line in logged] == [10, STEPS]
     names = {
         "Loss": "perplexity: loss, right vision, memory on",
@@ -160,19 +149,23 @@ def test_scores_are_those_of_the_training_s_own_validation(told: list[tuple[dict
         assert logged[-1][f"Validation/{metric}"] == pytest.approx(found[name]["value"], rel=1e-4, abs=1e-4), metric
 
 
-def test_training_leaves_its_scores_behind(run: Path) -> None:
-    written = sorted(path.name for path in (run / "evaluation").iterdir())
+def test_training_leaves_its_scores_behind(brief_run: Path) -> None:
+    written = sorted(path.name for path in (brief_run / "evaluation").iterdir())
     assert written == ["step_10.json", "step_20.json"]
-    result = json.loads((run / "evaluation" / "step_20.json").read_text())
+    result = json.loads((brief_run / "evaluation" / "step_20.json").read_text())
     assert result["step"] == STEPS
-    assert result["words"] == metrics(run)[-1].get("Training/Words", result["words"])
+    assert result["words"] == metrics(brief_run)[-1].get("Training/Words", result["words"])
     assert {score["task"] for score in result["scores"]} == {"perplexity", "quantization", "retrieval"}
 
 
-def test_vqa_answers_every_question(run: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_vqa_answers_every_question(
+    brief_run: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "answers.jsonl"
     data = str(files / "vqa.jsonl")
-    code = vqa.main(["--checkpoint", str(run), "--data", data, "--memory", "off", "--out", str(out), "--threads", "1"])
+    code = vqa.main(
+        ["--checkpoint", str(brief_run), "--data", data, "--memory", "off", "--out", str(out), "--threads", "1"]
+    )
     assert code == 0
     assert "accuracy without the image" in capsys.readouterr().out
     answers = [json.loads(line) for line in out.read_text().splitlines()]
@@ -183,13 +176,13 @@ def test_vqa_answers_every_question(run: Path, files: Path, tmp_path: Path, caps
 
 
 def test_mistakes_are_one_line(
-    run: Path, files: Path, tmp_path: Path, other_shards: Path, capsys: pytest.CaptureFixture[str]
+    brief_run: Path, files: Path, tmp_path: Path, other_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(run, tmp_path / "damaged")
+    shutil.copytree(brief_run, tmp_path / "damaged")
     (checkpoint_directories(tmp_path / "damaged")[0] / "parameters-00000.safetensors").write_bytes(b"x")
     wide = [questions()[0], questions()[1] | {"image": {"file": "wide.npy", "row": 0}}]
     write_lines(files / "wide.jsonl", wide)
-    checkpoint = ["--checkpoint", str(run)]
+    checkpoint = ["--checkpoint", str(brief_run)]
     cases = [
         ([*checkpoint, "--tasks", "perplexity,poetry"], "unknown task 'poetry'; there are perplexity, "),
         ([*checkpoint, "--tasks", "vqa"], "task vqa needs a file: --vqa"),

@@ -16,12 +16,9 @@ from bitmar.analysis.patterns import FIGURES, attention_of, visualize_attention
 from bitmar.batch import Batch
 from bitmar.config import ConfigError
 from bitmar.engine.progress import checkpoint_directories
-from bitmar.engine.world import World
 from bitmar.export.packed import load_packed
 from bitmar.loading import load_trained
-from bitmar.train import train
-from tests.support.ranks import run_ranks
-from tests.support.runs import run_tool, tiny_config
+from tests.support.runs import run_tool
 
 pytestmark = pytest.mark.slow
 
@@ -29,21 +26,13 @@ TEXT = "a dog by the sea"
 DOTS_AN_INCH = 150
 
 
-def train_briefly(world: World, folder: str, shards: str) -> None:
-    config = tiny_config(Path(folder), Path(shards), Path(folder) / "runs", "run", "training.max_steps=8")
-    train(config, world)
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
-    """A run of 2 encoder, 2 decoder layers and a fusion layer of 2 heads each; a part of it pruned."""
-    folder = tmp_path_factory.mktemp("heads")
-    run_ranks(1, folder / "ranks", train_briefly, str(folder), str(tiny_shards))
-    done = run_tool(
-        "edit_heads.py", "--checkpoint", folder / "runs" / "run", "--prune", "L1H0", "--out", folder / "runs" / "pruned"
-    )
+def run(brief_run: Path) -> Path:
+    """With a part of it pruned, in the folder beside it."""
+    out = brief_run.parent / "pruned"
+    done = run_tool("edit_heads.py", "--checkpoint", brief_run, "--prune", "L1H0", "--out", out)
     assert done.returncode == 0, done.stderr
-    return folder / "runs" / "run"
+    return brief_run
 
 
 def test_patterns_of_a_text(run: Path, tmp_path: Path) -> None:
