@@ -35,6 +35,7 @@ from bitmar.evaluation.scores import fraction
 from bitmar.loading import Loaded, load_trained
 from bitmar.model.packed import freeze
 from bitmar.observability import drawing as d
+from shards.loader import ShardSet
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaded = load_trained(known.checkpoint)
         data = loaded.config.data
         wanted = 2 * known.pairs + loaded.config.model.memory_size  # others, too, until the memory has turned over
-        pairs = held_out_pairs(known.shards or data.shards, wanted, data.row_tokens)
+        pairs = held_out_pairs(ShardSet.open(known.shards or data.shards), wanted, data.row_tokens)
         require(
             len(pairs) >= 2 * known.pairs,
             f"--pairs {known.pairs} needs as many other images; the validation split has {len(pairs)} in all",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitmar.batch import Batch
+from bitmar.evaluation.scores import Score, fact, fraction
 from bitmar.generation.episodes import pair_batch, remember
 from bitmar.generation.incremental import asked_memory, memory_reader
 from bitmar.model.attention import text_positions
@@ -33,7 +33,6 @@ from shards.tokenizer import BOS
 
 Cue = Literal["image", "text"]
 CUES: tuple[Cue, ...] = ("image", "text")
-ALL = 1 << 20  # captions of a validation split
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,14 @@ class Pairs:
         return Pairs(self.captions[begin:end], self.vectors[begin:end])
 
 
-def held_out_pairs(shards: str | Path, most: int, row_tokens: int) -> Pairs:
+def held_out_pairs(shards: ShardSet, most: int, row_tokens: int) -> Pairs:
     """Up to `most` pairs of the validation split, one of each image. Raises DataError where it holds none."""
     rows = ValidationSet(
-        ShardSet.open(str(shards)),
+        shards,
         modality="pairs",
         micro_batch=64,
         row_tokens=row_tokens,
-        max_samples=ALL,
+        max_samples=max(1, shards.samples("validation", "pairs")),
         rank=0,
         world=1,
     )
@@ -125,6 +124,21 @@ def recall_once(model: BitMar, pairs: Pairs, others: Pairs, cue: Cue) -> Recall:
     memory, slots = show(model, empty, pairs)
     states = [(memory, slots), show(model, empty, others), (empty, slots)]
     return Recall(*(hits(slot_scores(model, state, held, pairs, cue)) for state, held in states))
+
+
+def recall_scores(model: BitMar, pairs: Pairs, most: int) -> list[Score]:
+    """The scores of `most` pairs, or of half of those there are, and of the slots that they fill."""
+    count = min(most, len(pairs) // 2)
+    shown, others = pairs.part(0, count), pairs.part(count, 2 * count)
+    scores = []
+    for cue in CUES:
+        found = recall_once(model, shown, others, cue)
+        for name, right in (("", found.shown), (", other pairs shown", found.others), (", memory off", found.off)):
+            told = f"recall of {count} pairs by {cue}{name}"
+            scores.append(fraction("memory", told, right.numpy(), "pair", 1 / count))
+    empty = MemoryState.empty(model.config.memory_size, model.config.episode_dim)
+    used = int(show(model, empty, shown)[0].written.sum())
+    return [*scores, fact("memory", "slots in use", used / model.config.memory_size, "pair", count, "fraction")]
 
 
 def counts_up_to(most: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from bitmar.evaluation.items import Reader
 from bitmar.evaluation.likelihood import BATCH, Candidate, log_probabilities
 from bitmar.evaluation.perplexity import MIXED, RIGHT, WAYS, Way, perplexity_scores, score_way, whole_tables
 from bitmar.evaluation.quantization import loss_scores, rounding_scores, rounding_tables, unrounded, weight_scores
+from bitmar.evaluation.recall import held_out_pairs, recall_scores
 from bitmar.evaluation.retrieval import gather_latents, rank_all, retrieval_scores
 from bitmar.evaluation.scores import Score
 from bitmar.generation.generate import generate
@@ -29,11 +31,13 @@ from bitmar.generation.sampling import Sampling
 from bitmar.loading import Loaded, load_trained
 from bitmar.model.bitmar import BitMar, Outputs
 from bitmar.model.memory import MemoryState
+from bitmar.model.packed import freeze
 from shards.loader import ShardSet, ValidationSet
 from shards.record import DataError
 from shards.tokenizer import BOS, TextTokenizer
 
 CAPTION_TOKENS = 64
+SHOWN = 64  # pairs that the memory is asked for
 CANDIDATES = 8  # of an item of distractors that is made from the shards: one right, the others other images'
 TEXT_WAYS: tuple[Way, ...] = (RIGHT, ("right", "off"))
 
@@ -54,6 +58,11 @@ class Subject:
     @property
     def model(self) -> BitMar:
         return self.loaded.model
+
+    @functools.cached_property
+    def frozen(self) -> BitMar:
+        """A copy whose weights were rounded once, for what reads token by token."""
+        return freeze(copy.deepcopy(self.model))
 
     @property
     def limit(self) -> int:
@@ -155,7 +164,7 @@ def captioning(subject: Subject) -> list[Score]:
         numbers = range(start, min(start + BATCH, len(first)))
         vectors = stacked(pairs, first[start : start + BATCH].tolist()).to(world.device)
         prompts = [[BOS]] * len(numbers)
-        found = generate(subject.model, subject.memory, prompts, vectors, sampling, subject.limit)
+        found = generate(subject.frozen, subject.memory, prompts, vectors, sampling, subject.limit)
         made |= {n: subject.tokenizer.decode(g.tokens) for n, g in zip(numbers, found, strict=True)}
     joined = dict(itertools.chain.from_iterable(part.items() for part in world.gather_objects(made)))
     scores, notes = caption_scores([joined[n] for n in range(len(first))], references)
@@ -209,6 +218,14 @@ def quantization(subject: Subject) -> list[Score]:
     return scores + rounding_scores(errors, units, world)
 
 
+def memory(subject: Subject) -> list[Score]:
+    """On every rank alike."""
+    if subject.pairs is None or subject.shards is None:
+        return []
+    pairs = held_out_pairs(subject.shards, 2 * SHOWN, subject.limit)
+    return recall_scores(subject.frozen, pairs, SHOWN) if len(pairs) > 3 else []
+
+
 TASKS: dict[str, Callable[[Subject], list[Score]]] = {
     "perplexity": perplexity,
     "retrieval": retrieval,
@@ -217,6 +234,7 @@ TASKS: dict[str, Callable[[Subject], list[Score]]] = {
     "distractors": distractors,
     "vqa": vqa,
     "winoground": winoground,
+    "memory": memory,
     "quantization": quantization,
 }
 FROM_FILES = ("minimal_pairs", "vqa", "winoground")  # alone: distractors are made from shards where there is no file

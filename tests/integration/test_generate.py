@@ -17,6 +17,7 @@ from bitmar.generation.generate import generate
 from bitmar.generation.sampling import Sampling
 from bitmar.loading import load_trained
 from bitmar.model.memory import MemoryState
+from shards.loader import ShardSet
 from shards.tokenizer import BOS, TextTokenizer
 from tests.support.runs import run_tool
 from tools import generate as generate_tool
@@ -137,7 +138,7 @@ def test_recall(brief_run: Path, tiny_shards: Path, tmp_path: Path, capsys: pyte
         assert last["slots used"] == 7
         assert last["held"] < 6
     assert imread(tmp_path / "recall.png").shape[1] == 1200
-    pairs = held_out_pairs(tiny_shards, 1000, 32)
+    pairs = held_out_pairs(ShardSet.open(str(tiny_shards)), 1000, 32)
     assert len({tuple(vector.tolist()) for vector in pairs.vectors}) == len(pairs)
     assert recall_tool.main([*asked, "--pairs", str(len(pairs))]) == 2
     assert "needs as many other images" in capsys.readouterr().err

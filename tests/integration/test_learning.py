@@ -20,6 +20,7 @@ from bitmar.evaluation.scores import fraction
 from bitmar.loading import load_trained
 from bitmar.model.packed import freeze
 from bitmar.train import train
+from shards.loader import ShardSet
 from tests.support.data import pairs_shards
 from tests.support.ranks import run_ranks
 
@@ -97,7 +98,7 @@ def test_the_memory_recalls_pairs_that_it_was_shown_once(learned: tuple[Path, Pa
     shown, at chance with an empty memory and where 64 other pairs were shown."""
     runs, shards, _ = learned
     trained = load_trained(runs / "longer")
-    pairs = held_out_pairs(shards, 128, 48)
+    pairs = held_out_pairs(ShardSet.open(shards), 128, 48)
     assert len(pairs) == 128
     shown, others = pairs.part(0, 64), pairs.part(64, 128)
     model = freeze(trained.model)
