@@ -1,21 +1,36 @@
-"""A trained model on its own: from a run's folder or a checkpoint of any ZeRO stage and world, without an engine."""
+"""A trained model on its own: from a run's folder or a checkpoint of any ZeRO stage and world, without an engine, or
+from a directory that tools/export.py hf has written."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
-from bitmar.config import Config, load_config
+from bitmar.config import Config, DataConfig, ModelConfig, RunConfig, load_config, model_from
 from bitmar.engine.fragments import MEMORY_FILE, CheckpointError, read_parameters, read_state
 from bitmar.engine.progress import FOLDER, Progress, checkpoint_directories
 from bitmar.model.bitmar import BitMar
 from bitmar.model.memory import MemoryState
 
 CONFIG_FILE, TOKENIZER_FILE = "config.yaml", "tokenizer.json"  # in a run's folder
+EXPORTED_CONFIG, EXPORTED_WEIGHTS = "config.json", "model.safetensors"  # in an exported directory
+MODEL_TYPE, SLOTS = "bitmar", "slots."  # of its config; before the names of the memory's tensors
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an exported directory tells of its run's configuration; it names no shards."""
+
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
 
 
 @dataclass(frozen=True)
@@ -24,9 +39,9 @@ class Loaded:
 
     model: BitMar
     memory: MemoryState
-    config: Config
+    config: Config | Exported
     progress: Progress
-    run_directory: Path
+    run_directory: Path  # or the exported one
     checkpoint: Path
 
     @property
@@ -54,21 +69,58 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     )
 
 
+def is_exported(path: Path) -> bool:
+    """Whether a folder is an exported Hugging Face directory."""
+    return (path / EXPORTED_CONFIG).is_file() and not (path / CONFIG_FILE).is_file()
+
+
 def load_trained(path: Path) -> Loaded:
     """Raises CheckpointError where there is none or it is damaged, ConfigError where its recipe cannot be read."""
+    if is_exported(path):
+        return _load_exported(path)
     run, checkpoint = find_checkpoint(path)
     config = load_config(run / CONFIG_FILE)
     state = read_state(checkpoint)
     model = BitMar(config.model, config.run.seed)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = dict(read_parameters(checkpoint))
-    if {name: tuple(tensor.shape) for name, tensor in found.items()} != expected:
+    if not _take(model, dict(read_parameters(checkpoint))):
         raise CheckpointError(f"checkpoint {checkpoint} is of another model than {run / CONFIG_FILE} describes")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(found[name])
     try:
         memory = MemoryState(**load_file(checkpoint / MEMORY_FILE))
     except (OSError, SafetensorError, TypeError) as error:
         raise CheckpointError(f"checkpoint {checkpoint}: {MEMORY_FILE} cannot be read: {error}") from None
     return Loaded(model.eval(), memory, config, Progress(**state["progress"]), run, checkpoint)
+
+
+def _take(model: BitMar, found: dict[str, Tensor]) -> bool:
+    """Copy parameters into a model; False where names or shapes are not the model's."""
+    if {n: tuple(t.shape) for n, t in found.items()} != {n: tuple(p.shape) for n, p in model.named_parameters()}:
+        return False
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(found[name])
+    return True
+
+
+def _load_exported(path: Path) -> Loaded:
+    """How often slots were read in all (`usage`) is not exported and starts at 0."""
+    try:
+        told: dict[str, Any] = json.loads((path / EXPORTED_CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(path / EXPORTED_WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is no exported model that can be read: {error}") from None
+    if told.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(f"{path} holds a model of type {told.get('model_type')}, not {MODEL_TYPE}")
+    config = Exported(
+        RunConfig(name=told.get("run_name") or "exported"),
+        DataConfig(shards="", row_tokens=told["max_position_embeddings"]),
+        model_from(told["bitmar"]),
+    )
+    slots = {name.removeprefix(SLOTS): tensors.pop(name) for name in list(tensors) if name.startswith(SLOTS)}
+    empty = MemoryState.empty(config.model.memory_size, config.model.episode_dim).tensors()
+    shapes = {name: tensor.shape for name, tensor in empty.items() if name != "usage"}
+    model = BitMar(config.model)
+    if not _take(model, tensors) or {name: tensor.shape for name, tensor in slots.items()} != shapes:
+        raise CheckpointError(f"{path / EXPORTED_WEIGHTS} is of another model than {EXPORTED_CONFIG} describes")
+    memory = MemoryState(**{name: slots[name].to(t.dtype) if name in slots else t for name, t in empty.items()})
+    progress = Progress("", step=told.get("step", 0), words=told.get("words", 0))
+    return Loaded(model.eval(), memory, config, progress, path, path)

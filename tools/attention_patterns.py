@@ -22,12 +22,18 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bitmar.analysis.patterns import CHOICES, TEXT, visualize_attention
-from bitmar.loading import find_checkpoint
+from bitmar.loading import find_checkpoint, is_exported
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="attention_patterns", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run's folder or a checkpoint")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="a run's folder, a checkpoint, an exported directory",
+    )
     parser.add_argument("--text", required=True)
     parser.add_argument("--name", required=True, help="the beginning of the files' names")
     parser.add_argument("--vector", type=Path, metavar="FILE", help="the image's vector: a .npy of one dimension")
@@ -52,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Draw, and print where the pictures are."""
     known = parse(arguments)
     try:
-        run, _ = find_checkpoint(known.checkpoint)
+        run = known.checkpoint if is_exported(known.checkpoint) else find_checkpoint(known.checkpoint)[0]
         out = known.out or run / "attention_analysis" / "patterns"
         vector = read_vector(known.vector)
         paths = visualize_attention(known.text, known.name, known.checkpoint, vector, known.attention_type, out)

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitmar.batch import IGNORE, Batch
+from bitmar.config import ConfigError
 from bitmar.head_names import KINDS, HeadName
 from bitmar.model.attention import HeadEdit
 from bitmar.model.bitmar import BitMar
@@ -40,10 +41,16 @@ class HeadFigures:
     loss: float  # nats a token
 
 
+def _open(shards: str | Path) -> ShardSet:
+    if not str(shards):
+        raise ConfigError("an exported model names no shards: say which with --data")
+    return ShardSet.open(str(shards))
+
+
 def held_out(shards: str | Path, samples: int, row_tokens: int) -> list[Batch]:
     """Captions of the validation split, with their images. Raises DataError where it holds none."""
     chosen = ValidationSet(
-        ShardSet.open(str(shards)),
+        _open(shards),
         modality="pairs",
         micro_batch=MICRO_BATCH,
         row_tokens=row_tokens,
@@ -62,7 +69,7 @@ def training_captions(shards: str | Path, samples: int, row_tokens: int, seed: i
     steps = -(-samples // MICRO_BATCH)
     try:
         loader = Loader(
-            ShardSet.open(str(shards)),
+            _open(shards),
             [PhaseSpec("captions", {"pairs": 1.0}, None, None, steps)],
             seed=seed,
             shape=Shape(MICRO_BATCH, row_tokens),

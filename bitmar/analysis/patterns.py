@@ -90,7 +90,8 @@ def visualize_attention(
 ) -> list[Path]:
     """Draw NAME_attention_all_layers_heads.png, _avg_per_layer.png and _last_layer_detailed.png into `out`.
 
-    `checkpoint`: a run's folder or a checkpoint. Raises ConfigError, CheckpointError, DataError.
+    `checkpoint`: a run's folder, a checkpoint, or an exported Hugging Face directory. Raises ConfigError,
+    CheckpointError, DataError.
     """
     if not name or "/" in name:
         raise ConfigError(f"the name {name!r} must be the beginning of a file's name")

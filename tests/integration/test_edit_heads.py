@@ -13,9 +13,11 @@ from bitmar.config import load_config
 from bitmar.engine.fragments import read_state
 from bitmar.engine.progress import checkpoint_directories
 from bitmar.engine.world import World
+from bitmar.export.huggingface import export_directory
 from bitmar.loading import load_trained
 from bitmar.model.bitmar import BitMar
 from bitmar.train import train
+from tests.support.exports import assert_same_model
 from tests.support.ranks import run_ranks
 from tests.support.runs import ROOT, checkpoint_progress, metrics, newest, run_tool, tiny_config
 
@@ -159,3 +161,11 @@ def test_checkpoints_that_cannot_be_edited(runs: Path, tmp_path: Path) -> None:
     done = run_tool("edit_heads.py", "--checkpoint", runs / "base", "--mask", "L0H0", "--out", runs / "masked")
     assert done.returncode == 2
     assert "exists" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["base", "pruned", "masked", "reset"])
+def test_runs_of_any_stage_and_world_are_exported(runs: Path, tmp_path: Path, name: str) -> None:
+    """ZeRO-2, ZeRO-3, ZeRO-1 and ZeRO-0 on 2 ranks; pruned also by ZeRO-1 on 1."""
+    for checkpoint in checkpoint_directories(runs / name):
+        export_directory(load_trained(checkpoint), tmp_path / checkpoint.name, [])
+        assert_same_model(tmp_path / checkpoint.name, checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ from bitmar.analysis.heads import training_captions
 from bitmar.analysis.patterns import FIGURES, attention_of, visualize_attention
 from bitmar.batch import Batch
 from bitmar.config import ConfigError
+from bitmar.engine.fragments import read_state, write_state
 from bitmar.engine.progress import checkpoint_directories
 from bitmar.export.packed import load_packed
 from bitmar.loading import load_trained
+from tests.support.exports import assert_same_model
 from tests.support.runs import run_tool
+from tools import attention_patterns, export, head_types
 
 pytestmark = pytest.mark.slow
 
@@ -165,3 +169,78 @@ def test_a_run_is_exported_in_packed_form(run: Path, tmp_path: Path, bits: str) 
     done = run_tool("export.py", "packed", "--checkpoint", tmp_path, "--out", out)
     assert done.returncode == 2
     assert "neither a run's folder" in done.stderr
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_a_run_is_exported_for_hugging_face(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score = {"task": "choice", "name": "blimp", "value": 0.625, "low": 0.5, "high": 0.75, "chance": 0.5}
+    runs = {name: shutil.copytree(run.parent / name, tmp_path / "runs" / name) for name in ("run", "pruned")}
+    write(runs["run"] / "evaluation" / "step_20.json", {"scores": [score]})
+    write(runs["run"] / "evaluation" / "step_5.json", {"scores": [score | {"name": "of an earlier checkpoint"}]})
+    for name, folder in runs.items():
+        out = tmp_path / name
+        assert export.main(["hf", "--checkpoint", str(folder), "--out", str(out)]) == 0
+        assert f'api.upload_folder(repo_id=repo, folder_path="{out}", revision="main")' in capsys.readouterr().out
+        assert_same_model(out, folder)
+        card = (out / "README.md").read_text(encoding="utf-8")
+        assert "The data is GENERATED" in card
+        assert "| local_narr |" in card
+        assert str(tmp_path) not in card
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "| Validation/Loss |" in card
+    assert "| choice: blimp | 0.6250 | 0.5000 to 0.7500 | 0.5000 |" in card
+    assert "earlier checkpoint" not in card
+    again = run_tool("export.py", "hf", "--checkpoint", run, "--out", tmp_path / "run")
+    assert again.returncode == 2
+    assert "holds something already" in again.stderr
+
+
+def test_tools_read_exported_directories(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "exported"
+    assert export.main(["hf", "--checkpoint", str(run.parent / "pruned"), "--out", str(out)]) == 0
+    of_text = ["--checkpoint", str(out), "--text", TEXT, "--name", "x", "--out", str(tmp_path)]
+    assert attention_patterns.main(of_text) == 0
+    assert all((tmp_path / f"x_attention_{part}.png").is_file() for part in FIGURES)
+    one, other = (attention_of(load_trained(path), TEXT) for path in (out, run.parent / "pruned"))
+    assert one.words == other.words
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        np.testing.assert_array_equal(mine.weights, theirs.weights)
+    assert head_types.main(["--checkpoint", str(out)]) == 2
+    assert "say which with --data" in capsys.readouterr().err
+    (out / "model.safetensors").write_bytes(b"damaged")
+    assert attention_patterns.main(of_text) == 2
+    assert "no exported model that can be read" in capsys.readouterr().err
+
+
+def test_milestones_are_exported_as_babylms_revisions(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    newest, first = checkpoint_directories(copy)
+    for directory, words in ((first, [1_000_000]), (newest, [2_000_000, 10_000_000, 12_345])):
+        state = read_state(directory)
+        state["keep"]["milestone_words"] = words
+        write_state(directory, state)
+
+    def exported(out: Path, words: str) -> int:
+        return export.main(["hf", "--checkpoint", str(copy), "--out", str(out), "--words", words])
+
+    assert exported(tmp_path / "one", "1M") == 0
+    assert_same_model(tmp_path / "one", first)
+    assert exported(tmp_path / "all", "all") == 0
+    names = {path.name for path in (tmp_path / "all").iterdir()}
+    assert names == {"chck_1M", "chck_2M", "chck_10M", "main"}
+    assert_same_model(tmp_path / "all" / "chck_1M", first)
+    assert_same_model(tmp_path / "all" / "chck_10M", newest)
+    told = capsys.readouterr().out
+    for name in names - {"main"}:
+        assert f'api.create_branch(repo, branch="{name}", exist_ok=True)' in told
+    mistakes = (("20M", "it has 1M, 2M, 10M"), ("11M", "no revision for 11,000,000 words"), ("x", "such as 10M"))
+    for words, said in mistakes:
+        assert exported(tmp_path / "none", words) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,1 @@
+"""Code that exported Hugging Face directories hold: it knows torch, numpy and transformers, and not this project."""
