@@ -10,7 +10,7 @@ whatever pieces it is read in, beside whatever rows, padded on whatever side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,7 +20,9 @@ from bitmar.model.attention import CrossAttention, Positions, SelfAttention, ang
 from bitmar.model.bitmar import BitMar
 from bitmar.model.blocks import Block
 from bitmar.model.fusion import FusionLayer
+from bitmar.model.kernel import kernel
 from bitmar.model.memory import MemoryReader, MemoryState, read
+from bitmar.model.packed import for_kernel
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class IncrementalReader:
     ) -> None:
         """`capacity`: columns that will be read in all. `by_image`: the memory is asked by the image alone, whose
         vector fusion then does not see: what is read of it was recalled."""
-        config, self.model, self.memory = model.config, model, memory
+        config, self.model = model.config, model
+        self.memory = replace(memory, keys=memory.keys.double(), values=memory.values.double())
         device = model.embedding.weight.device
         has_vision = torch.full((rows,), vectors is not None, device=device)
         if vectors is None:
@@ -66,7 +69,9 @@ class IncrementalReader:
             self._sees = [_key_value(layer, tokens) for layer in _fusion_layers(model)]
             self._cue = memory_reader(model).query_norm(tokens.mean(1)) if by_image else None
         head_width = config.width // config.heads
-        sizes = [(rows, block.attention.heads, capacity, head_width) for block in _text_blocks(model)]
+        self._blocks = _text_blocks(model)
+        self.compiled = [for_kernel(block) for block in self._blocks]
+        sizes = [(rows, block.attention.heads, capacity, head_width) for block in self._blocks]
         self._kept = [(torch.zeros(size, device=device), torch.zeros(size, device=device)) for size in sizes]
         self._inside = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
         self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -78,17 +83,14 @@ class IncrementalReader:
         inside = torch.ones_like(tokens, dtype=torch.bool) if inside is None else inside
         piece = self._place(inside)
         x = self.model.embedding(tokens)
-        blocks = list(zip(_text_blocks(self.model), self._kept, strict=True))
         encoder = len(self.model.encoder.blocks)
-        for block, kept in blocks[:encoder]:
-            x = _through_block(block, x, piece, kept)
+        x = self._through_blocks(range(encoder), x, piece)
         cross_modal = []
         for layer, (key, value) in zip(_fusion_layers(self.model), self._sees, strict=True):
             x, weights = _through_fusion(layer, x, key, value, self._has_vision)
             cross_modal.append(weights)
         x, slots = self._through_memory(x)
-        for block, kept in blocks[encoder:]:
-            x = _through_block(block, x, piece, kept)
+        x = self._through_blocks(range(encoder, len(self._blocks)), x, piece)
         last = torch.where(inside, torch.arange(tokens.shape[1], device=x.device), -1).amax(1).clamp(min=0)
         hidden = self.model.decoder.norm(x[torch.arange(len(x), device=x.device), last])
         return Seen(self.model.embedding(hidden), cross_modal, slots)
@@ -100,6 +102,15 @@ class IncrementalReader:
         self._inside, self._lengths = self._inside[rows], self._lengths[rows]
         self._has_vision, self.vision_latent = self._has_vision[rows], self.vision_latent[rows]
         self._cue = None if self._cue is None else self._cue[rows]
+
+    def _through_blocks(self, numbers: range, x: Float[Tensor, "B n D"], piece: _Piece) -> Float[Tensor, "B n D"]:
+        for number in numbers:
+            compiled, whole, kept = kernel(), self.compiled[number], self._kept[number]
+            if compiled is not None and whole is not None:
+                x = compiled.block(x, whole, (piece.turn.cos, piece.turn.sin), piece.allowed, kept)
+            else:
+                x = _through_block(self._blocks[number], x, piece, kept)
+        return x
 
     def _place(self, inside: Bool[Tensor, "B n"]) -> _Piece:
         begin, count = self._columns, inside.shape[1]

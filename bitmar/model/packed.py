@@ -13,8 +13,9 @@ from jaxtyping import BFloat16, Float, UInt8
 from torch import Tensor, nn
 
 from bitmar.model.bitmar import BitMar, rounded_layers
+from bitmar.model.blocks import Block
 from bitmar.model.head import TokenLosses, token_losses
-from bitmar.model.kernel import kernel
+from bitmar.model.kernel import KernelBlock, KernelWeight, kernel
 from bitmar.model.quantize import BitLinear, by_row, quantize_activations, rescaled
 from bitmar.model.text import TABLE_STD
 
@@ -57,10 +58,14 @@ class PackedLinear(nn.Module):
         self.register_buffer("scale", scale.float().contiguous(), persistent=False)
         self._sections = torch.tensor(self.sections)
 
+    @property
+    def for_kernel(self) -> KernelWeight:
+        return KernelWeight(self.packed, self.scale, self._sections, self.inputs)
+
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
         flat, compiled = x.reshape(-1, x.shape[-1]), kernel()
         if compiled is not None and flat.device.type == "cpu" and flat.dtype == torch.float32:
-            y = compiled.bitlinear(flat, self.packed, self.scale, self._sections)
+            y = compiled.bitlinear(flat, self.for_kernel)
         else:
             y = self.plain(flat)
         return y.reshape(*x.shape[:-1], -1)
@@ -114,6 +119,26 @@ class PackedEmbedding(nn.Module):
         else:
             logits = torch.cat([F.linear(flat, part.float()) for part in self.weight.split(ROWS)], dim=1)
         return logits.reshape(*x.shape[:-1], -1)
+
+
+def for_kernel(block: Block) -> KernelBlock | None:
+    """A text block as the kernel takes it; None where its weights are not packed, or not on a CPU."""
+    attention, fed = block.attention, block.feed_forward
+    layers = (attention.qkv, attention.output, fed.gate_up, fed.down)
+    packed = [layer.for_kernel for layer in layers if isinstance(layer, PackedLinear) and layer.bits == "2"]
+    if kernel() is None or len(packed) < len(layers) or packed[0].packed.device.type != "cpu":
+        return None
+    norms = (block.attention_norm, attention.sub_norm, block.feed_forward_norm, fed.sub_norm)
+    gains = [norm.weight.detach().float().contiguous() for norm in norms]
+    inner = len(gains[1])
+    return KernelBlock(
+        (packed[0], packed[1], packed[2], packed[3]),
+        (gains[0], gains[1], gains[2], gains[3]),
+        attention.mask,
+        attention.heads,
+        inner // attention.heads,
+        attention.sub_norm.of or inner,
+    )
 
 
 def freeze(model: BitMar) -> BitMar:

@@ -15,7 +15,10 @@ from bitmar.generation.generate import Generated, generate, read_prompts
 from bitmar.generation.incremental import IncrementalReader, memory_reader
 from bitmar.generation.sampling import Sampling, choose, narrowed, possible
 from bitmar.model.bitmar import BitMar
+from bitmar.model.kernel import kernel
 from bitmar.model.memory import MemoryState
+from bitmar.model.packed import freeze
+from bitmar.model_config import PrunedLayer
 from shards.tokenizer import BOS, EOS
 from tests.support.batches import VOCABULARY, filled_memory, logits_of, small_model
 
@@ -24,7 +27,8 @@ GREEDY = Sampling()
 DRAWN = Sampling(temperature=0.9, top_k=20, top_p=0.9, seed=5)
 
 
-def trained_like(seed: int = 3, **changes: object) -> BitMar:
+def trained_like(seed: int = 3, frozen: bool = False, **changes: object) -> BitMar:
+    """`frozen`: as tools generate, with whole blocks in the kernel where there is a compiler."""
     torch.manual_seed(seed)
     model = BitMar(small_model(**changes)).eval()
     with torch.no_grad():
@@ -34,7 +38,10 @@ def trained_like(seed: int = 3, **changes: object) -> BitMar:
         for name, p in model.named_parameters():
             if name.startswith("fusion") and name.endswith("gate"):
                 p.fill_(1.0)
-    return model
+    return freeze(model) if frozen else model
+
+
+FROZEN = pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 
 
 def images(count: int) -> torch.Tensor:
@@ -80,10 +87,33 @@ def test_the_quantised_model_reads_alike() -> None:
         assert (last_logits(model, memory, text, None) - whole).abs().max() < 0.02 * whole.abs().max()
 
 
+@pytest.mark.skipif(kernel() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("edited", [False, True])
+def test_the_kernels_blocks_are_the_models(edited: bool) -> None:
+    """But for activations that stand between two levels; masked and pruned heads, padding and kept columns included."""
+    surgery = {
+        "masked_heads": ("encoder.L0H1",),
+        "pruned_heads": (PrunedLayer("decoder.L1", (0,), (1.1, 0.9, 1.0, 1.2)),),
+    }
+    model = trained_like(**(surgery if edited else {}))
+    memory, prompts = filled_memory(model.config), texts(6)
+    _, plain = read_prompts(model, memory, prompts, images(6), LIMIT)
+    reader, compiled = read_prompts(freeze(model), memory, prompts, images(6), LIMIT)
+    assert all(block is not None for block in reader.compiled)
+    apart = (plain.logits - compiled.logits).abs()
+    assert float(apart.median()) < 1e-5
+    assert float(apart.max()) < 0.02 * float(plain.logits.abs().max())
+
+
 @settings(deadline=None, max_examples=25)
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.sampled_from(["attention", "larimar"]), st.booleans())
-def test_pieces_change_nothing(sizes: list[int], addressing: str, seeing: bool) -> None:
-    model = trained_like(memory_addressing=addressing)
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=5),
+    st.sampled_from(["attention", "larimar"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_pieces_change_nothing(sizes: list[int], addressing: str, seeing: bool, frozen: bool) -> None:
+    model = trained_like(frozen=frozen, memory_addressing=addressing)
     memory, vectors = filled_memory(model.config), images(2) if seeing else None
     g = torch.Generator().manual_seed(sum(sizes))
     tokens = torch.randint(3, VOCABULARY, (2, sum(sizes)), generator=g)
@@ -94,9 +124,10 @@ def test_pieces_change_nothing(sizes: list[int], addressing: str, seeing: bool) 
     torch.testing.assert_close(seen.logits, whole.logits, rtol=1e-5, atol=1e-5)
 
 
+@FROZEN
 @pytest.mark.parametrize("pad_left", [True, False])
-def test_neighbours_and_padding_change_nothing(pad_left: bool) -> None:
-    model = trained_like()
+def test_neighbours_and_padding_change_nothing(pad_left: bool, frozen: bool) -> None:
+    model = trained_like(frozen=frozen)
     memory, vectors, prompts = filled_memory(model.config), images(6), texts(6)
     reader, seen = read_prompts(model, memory, prompts, vectors, LIMIT, pad_left)
     following = torch.arange(6)[:, None] + 10
@@ -108,9 +139,10 @@ def test_neighbours_and_padding_change_nothing(pad_left: bool) -> None:
         torch.testing.assert_close(after.logits[row], later, rtol=1e-5, atol=1e-5)
 
 
+@FROZEN
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_without_a_cache_the_same_text(sampling: Sampling) -> None:
-    model = trained_like()
+def test_without_a_cache_the_same_text(sampling: Sampling, frozen: bool) -> None:
+    model = trained_like(frozen=frozen)
     memory, vectors, prompts = filled_memory(model.config), images(4), texts(4)
     for row, found in enumerate(generate(model, memory, prompts, vectors, sampling, LIMIT)):
         tokens: list[int] = []
@@ -128,9 +160,10 @@ def test_without_a_cache_the_same_text(sampling: Sampling) -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN, Sampling(beams=3)], ids=["greedy", "drawn", "beams"])
+@FROZEN
 @pytest.mark.parametrize("seeing", [True, False])
-def test_a_batch_is_its_rows(sampling: Sampling, seeing: bool) -> None:
-    model = trained_like()
+def test_a_batch_is_its_rows(sampling: Sampling, seeing: bool, frozen: bool) -> None:
+    model = trained_like(frozen=frozen)
     memory, vectors, prompts = filled_memory(model.config), images(5) if seeing else None, texts(5)
     together = generate(model, memory, prompts, vectors, sampling, LIMIT)
     for row, prompt in enumerate(prompts):
