@@ -8,10 +8,12 @@ Prints one JSON object a row. Weights are first weights: sizes do not depend on 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,7 @@ TOKENS = 32  # read before memory is measured
 CACHE_BAR, CACHE_TOKENS = 5.0, 128  # times faster with the keys and values of the tokens before
 DECODE_BAR, DECODE_TOKENS = 1.5, 12  # times faster than nn.Linear in fp32, at 700M with one thread
 ROUNDS = 3
+RANKS_BAR, EVALUATED = 1.7, "perplexity,retrieval,captioning,distractors,quantization"
 SIDES = ("torch", "fp32", "packed")
 
 
@@ -174,6 +177,59 @@ def decode_row(name: str, folder: Path) -> dict[str, Any]:
     )
 
 
+def evaluation_row(folder: Path, quick: bool) -> dict[str, Any]:
+    """tools/evaluate.py on 2 ranks against 1, each of one thread; and whether the scores are the same."""
+    from bitmar.engine.world import free_port, join_world, leave_world
+    from bitmar.train import train
+    from tools.engine_bench.common import Bench
+
+    bench = Bench(folder, quick, validation_fraction=0.3)
+    steps = ("training.max_steps=1", "training.global_batch=32", "training.micro_batch=32", "training.precision=fp32")
+    config = bench.config("bitmar-14m", "evaluated", *steps, "wandb.enabled=false", "wandb.create_plots=false")
+    with contextlib.redirect_stdout(sys.stderr):
+        train(config, join_world())
+    leave_world()
+    found = []
+    for size in (1, 2):
+        out, port, ranks = folder / f"scores-{size}.json", str(free_port()), []
+        command = [
+            sys.executable,
+            str(ROOT / "tools" / "evaluate.py"),
+            "--checkpoint",
+            str(folder / "runs" / "evaluated"),
+        ]
+        command += [
+            "--tasks",
+            EVALUATED,
+            "--max_samples",
+            str(256 if quick else 1024),
+            "--threads",
+            "1",
+            "--out",
+            str(out),
+        ]
+        for rank in map(str, range(size)):
+            group = {"RANK": rank, "WORLD_SIZE": str(size), "LOCAL_RANK": rank, "LOCAL_SIZE": str(size)}
+            environment = os.environ | group | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            ranks.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL))
+        codes = [process.wait() for process in ranks]
+        if any(codes):
+            raise RuntimeError(f"evaluation on {size} ranks failed")
+        found.append(json.loads(out.read_text(encoding="utf-8")))
+    one, two = found
+    apart = max(abs(a["value"] - b["value"]) for a, b in zip(one["scores"], two["scores"], strict=True))
+    took = [sum(told["seconds"].values()) for told in found]
+    return {
+        "name": f"evaluation on 2 ranks against 1 (bitmar-14m; {EVALUATED}; largest difference of a score {apart:.0e})",
+        "ours": round(took[1], 1),
+        "theirs": round(took[0], 1),
+        "ratio": round(took[0] / took[1], 2),
+        "unit": "s",
+        "bar": f">= {RANKS_BAR:g}, same scores",
+        "ok": (took[0] / took[1] >= RANKS_BAR and apart < 1e-6) or (None if quick and apart < 1e-6 else False),
+    }
+
+
 def seconds(ours: Callable[[], None], theirs: Callable[[], None]) -> tuple[float, float]:
     """Medians of ROUNDS turns each, one after the other, behind one of each that does not count."""
     took: tuple[list[float], list[float]] = ([], [])
@@ -218,6 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 cache_row(name),
             ):
                 print(json.dumps(row | {"machine": machine}), flush=True)
+        place = Path(folder) / "evaluation"
+        place.mkdir()
+        print(json.dumps(evaluation_row(place, known.quick) | {"machine": machine}), flush=True)
         if not known.quick:
             print(json.dumps(decode_row("bitmar-700m", Path(folder)) | {"machine": machine}), flush=True)
     return 0
