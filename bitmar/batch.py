@@ -211,6 +211,12 @@ class Batch:
     def replace(self, **changes: Tensor | bool | Packing | None) -> Batch:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
+    def to(self, device: torch.device | str) -> Batch:
+        """Of rows that are not packed captions."""
+        assert self.packing is None, "packings are made where they are used"
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
     @staticmethod
     def _row_of(packing: Packing) -> Int[Tensor, "N"]:
         return packing.places // packing.slots

@@ -33,6 +33,7 @@ from tools.machine import describe_machine
 ROOT = Path(__file__).resolve().parents[1]
 FILE_BARS = {"2": 12.0, "1.6": 15.0}  # times smaller, 120M, the embedding left out on both sides
 RESIDENT_BAR = 5.0  # times less, at 120M
+ROW_TOKENS = 256  # of the recipes
 TOKENS = 32  # read before memory is measured
 CACHE_BAR, CACHE_TOKENS = 5.0, 128  # times faster with the keys and values of the tokens before
 DECODE_BAR, DECODE_TOKENS = 1.5, 12  # times faster than nn.Linear in fp32, at 700M with one thread
@@ -60,7 +61,9 @@ def file_rows(name: str, folder: Path, barred: bool) -> Iterator[dict[str, Any]]
     full = 4 * sum(counts.values())
     for bits in PLACES:
         path = folder / f"{name}-{bits}.safetensors"
-        save_packed(model, MemoryState.empty(model.config.memory_size, model.config.episode_dim), path, bits)
+        save_packed(
+            model, MemoryState.empty(model.config.memory_size, model.config.episode_dim), path, ROW_TOKENS, bits
+        )
         mine = path.stat().st_size - 2 * embedding
         bar = FILE_BARS[bits] if barred else None
         yield {
@@ -155,7 +158,7 @@ def decode_row(name: str, folder: Path) -> dict[str, Any]:
 
     config = recipe(name)
     memory = MemoryState.empty(config.memory_size, config.episode_dim)
-    save_packed(BitMar(config), memory, folder / "decode.safetensors")
+    save_packed(BitMar(config), memory, folder / "decode.safetensors", ROW_TOKENS)
     packed, _ = load_packed(folder / "decode.safetensors")
     plain = BitMar(dataclasses.replace(config, quantization=False, vision_quantization=False)).eval()
     text = torch.randint(3, config.vocab_size, (1, DECODE_TOKENS))

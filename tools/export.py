@@ -13,6 +13,7 @@ Exit code 0: written; 2: a mistake in what was asked, or a damaged checkpoint, w
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bitmar.export.huggingface import VISION_MODEL, export_directory, plan_export
 from bitmar.export.model_card import Revision, upload_commands
-from bitmar.export.packed import save_packed
+from bitmar.export.packed import packed_tokenizer, save_packed
 from bitmar.loading import find_checkpoint, load_trained
 from bitmar.model.bitmar import parameter_counts
 from bitmar.model.packed import PLACES
@@ -52,7 +53,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def write_packed(known: argparse.Namespace) -> None:
     """Write the file and print its size."""
     loaded = load_trained(known.checkpoint)
-    save_packed(loaded.model, loaded.memory, known.out, known.bits)
+    save_packed(loaded.model, loaded.memory, known.out, loaded.config.data.row_tokens, known.bits)
+    shutil.copyfile(loaded.tokenizer, packed_tokenizer(known.out))
     size, full = known.out.stat().st_size, 4 * sum(parameter_counts(loaded.model).values())
     print(f"written: {known.out} ({size / 1e6:.2f} MB; the weights in fp32 {full / 1e6:.2f} MB, {full / size:.1f}x)")
 

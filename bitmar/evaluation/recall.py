@@ -80,7 +80,8 @@ def hits(scores: Float[Tensor, "N N"]) -> Float[Tensor, "N"]:
 @torch.no_grad()
 def cue_queries(model: BitMar, pairs: Pairs, cue: Cue) -> Float[Tensor, "N C"]:
     """What each pair's image, or caption, asks the memory."""
-    batch, reader = pair_batch(pairs.captions, pairs.vectors), memory_reader(model)
+    device = model.embedding.weight.device
+    batch, reader = pair_batch(pairs.captions, pairs.vectors.to(device)), memory_reader(model)
     if cue == "image":
         asking = model.vision(batch.vision, batch.has_vision, False)[0].mean(1)
     else:
@@ -98,8 +99,13 @@ def slot_scores(
 ) -> Float[Tensor, "N N"]:
     """How much cue i reads of the slot that took pair j; `slots`: of each pair, -1 where none holds it any more."""
     _, weights = asked_memory(memory_reader(model), memory, cue_queries(model, pairs, cue)[:, None])
-    held = torch.tensor(slots)
-    return weights[:, 0, held.clamp(min=0)] * (held >= 0)
+    held = torch.tensor(slots, device=weights.device)
+    return (weights[:, 0, held.clamp(min=0)] * (held >= 0)).cpu()
+
+
+def empty_memory(model: BitMar) -> MemoryState:
+    """Where the model is."""
+    return MemoryState.empty(model.config.memory_size, model.config.episode_dim, model.embedding.weight.device)
 
 
 def show(model: BitMar, memory: MemoryState, pairs: Pairs) -> tuple[MemoryState, tuple[int, ...]]:
@@ -120,7 +126,7 @@ class Recall:
 def recall_once(model: BitMar, pairs: Pairs, others: Pairs, cue: Cue) -> Recall:
     """Asked of an empty memory that was shown `pairs`, or as many `others`, or nothing."""
     assert len(pairs) == len(others)
-    empty = MemoryState.empty(model.config.memory_size, model.config.episode_dim)
+    empty = empty_memory(model)
     memory, slots = show(model, empty, pairs)
     states = [(memory, slots), show(model, empty, others), (empty, slots)]
     return Recall(*(hits(slot_scores(model, state, held, pairs, cue)) for state, held in states))
@@ -136,7 +142,7 @@ def recall_scores(model: BitMar, pairs: Pairs, most: int) -> list[Score]:
         for name, right in (("", found.shown), (", other pairs shown", found.others), (", memory off", found.off)):
             told = f"recall of {count} pairs by {cue}{name}"
             scores.append(fraction("memory", told, right.numpy(), "pair", 1 / count))
-    empty = MemoryState.empty(model.config.memory_size, model.config.episode_dim)
+    empty = empty_memory(model)
     used = int(show(model, empty, shown)[0].written.sum())
     return [*scores, fact("memory", "slots in use", used / model.config.memory_size, "pair", count, "fraction")]
 
@@ -148,7 +154,7 @@ def counts_up_to(most: int) -> list[int]:
 
 def recall_by_stored(model: BitMar, pairs: Pairs, cue: Cue) -> dict[int, Float[Tensor, "N"]]:
     """Hits of the first n pairs when n were shown, each among these n: n -> hits."""
-    empty = MemoryState.empty(model.config.memory_size, model.config.episode_dim)
+    empty = empty_memory(model)
     found = {}
     for count in counts_up_to(len(pairs)):
         memory, slots = show(model, empty, pairs.part(0, count))
@@ -167,7 +173,7 @@ class Forgetting:
 
 def forgetting(model: BitMar, pairs: Pairs, others: Pairs, cue: Cue) -> dict[int, Forgetting]:
     """How the recall of `pairs` falls while others are shown: number of others -> what is left."""
-    state = MemoryState.empty(model.config.memory_size, model.config.episode_dim)
+    state = empty_memory(model)
     state, slots = remember(model, state, pairs.captions, pairs.vectors)
     found, done = {}, 0
     for count in [0, *counts_up_to(len(others))] if len(others) else [0]:

@@ -24,18 +24,18 @@ from shards.tokenizer import PAD
 
 
 def pair_batch(captions: Sequence[Sequence[int]], vectors: Float[Tensor, "N V"]) -> Batch:
-    """A row for each pair; captions begin with <bos>."""
+    """A row for each pair, where the vectors are; captions begin with <bos>."""
     longest = max(map(len, captions))
     tokens = torch.tensor([[*caption, *[PAD] * (longest - len(caption))] for caption in captions])
     lengths = torch.tensor([len(caption) for caption in captions])
-    batch = Batch.of_text(tokens, vectors.shape[1])
-    return batch.replace(
+    batch = Batch.of_text(tokens, vectors.shape[1]).replace(
         segments=(torch.arange(longest) < lengths[:, None]).int(),
-        vision=vectors.float(),
+        vision=vectors.cpu().float(),
         has_vision=torch.ones(len(captions), dtype=torch.bool),
         image_ids=torch.from_numpy(image_ids(vectors.cpu().numpy())),
         words=lengths,
     )
+    return batch.to(vectors.device)
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def remember(
     As in training, reading a pair ages the slots and its episode takes the least recently used one, or blends into one
     of the same image.
     """
-    config, slots = model.config, []
+    config, slots, vectors = model.config, [], vectors.to(model.embedding.weight.device)
     for number, caption in enumerate(captions):
         outputs = model(pair_batch([caption], vectors[number : number + 1]), memory)
         ids = image_ids(vectors[number : number + 1].cpu().numpy()).tolist()
@@ -58,8 +58,13 @@ def remember(
 
 
 def save_memory(memory: MemoryState, path: Path) -> None:
-    """Raises OSError."""
-    save_file(memory.tensors(), path)
+    """In one move. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(memory.tensors(), temporary)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from None
+    temporary.replace(path)
 
 
 def load_memory(path: Path, model: BitMar) -> MemoryState:

@@ -13,8 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bitmar.config_checks import require
+from bitmar.random_numbers import generator_of
+from shards.tokenizer import BOS, PAD
 
-FORBIDDEN = (0, 1)  # <pad> and <bos>, which no text holds
+FORBIDDEN = (PAD, BOS)  # which no text holds
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def choose(
     if sampling.temperature == 0:
         return log_probabilities.argmax(-1)
     cumulative = narrowed(log_probabilities, sampling).exp().cpu().cumsum(-1)
-    generators = [torch.Generator().manual_seed((sampling.seed + text << 24) ^ step) for text in texts]
+    generators = [generator_of(sampling.seed + text, step) for text in texts]
     drawn = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in generators])
     chosen = (cumulative <= drawn[:, None] * cumulative[:, -1:]).sum(-1)  # the first token whose sum passes the point
     return chosen.to(log_probabilities.device)

@@ -17,12 +17,15 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtyping import BFloat16, Bool, Float, Int, UInt8
+import torch
+from jaxtyping import BFloat16, Bool, Float, UInt8
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 COMPILERS = ("c++", "g++", "clang++")
+COMPILE_S = 120.0
+A_BYTE = 4  # weights in it
 OFF = "BITMAR_NO_KERNEL"  # in the environment: the plain PyTorch way
 
 
@@ -54,14 +57,31 @@ class KernelWeight:
 
     packed: UInt8[Tensor, "O B"]
     scale: Float[Tensor, "S"]
-    sections: Int[Tensor, "S"]
+    sections: tuple[int, ...]
     inputs: int
 
     @functools.cached_property
     def pointers(self) -> _Weight:
-        """Of these tensors, which must be contiguous and live as long."""
-        addresses = (t.data_ptr() for t in (self.packed, self.scale, self.sections))
-        return _Weight(*addresses, len(self.sections), self.inputs, len(self.packed))
+        """Of these tensors, which live as long. Raises ValueError for what the kernel would read past."""
+        bytes_a_row, count = -(-self.inputs // A_BYTE), len(self.sections)
+        packed = _address(self.packed, (sum(self.sections), bytes_a_row), torch.uint8)
+        scale = _address(self.scale, (count,), torch.float32)
+        rows = ctypes.addressof(self._rows)
+        return _Weight(packed, scale, rows, count, self.inputs, len(self.packed))
+
+    @functools.cached_property
+    def _rows(self) -> ctypes.Array[ctypes.c_int64]:
+        return (ctypes.c_int64 * len(self.sections))(*self.sections)
+
+
+def _address(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Raises ValueError unless it is such a tensor, contiguous and on the CPU."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+        raise ValueError(
+            f"the kernel takes a contiguous {dtype} tensor of {list(shape)} on the CPU, not {tensor.dtype} "
+            f"{list(tensor.shape)} on {tensor.device}"
+        )
+    return tensor.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -95,14 +115,17 @@ class Kernel:
         """BitLinear with its weight packed in 2 bits; the same bits as in PyTorch."""
         x = x.detach().contiguous()
         y = x.new_empty(len(x), len(weight.packed))
-        self._bitlinear(weight.pointers, x.data_ptr(), len(x), y.data_ptr())
+        given = _address(x, (len(x), weight.inputs), torch.float32)
+        self._bitlinear(weight.pointers, given, len(x), y.data_ptr())
         return y
 
     def bf16_linear(self, x: Float[Tensor, "N I"], weight: BFloat16[Tensor, "O I"]) -> Float[Tensor, "N O"]:
         """x W^T in fp32, whatever the order of the sums."""
         x = x.detach().contiguous()
         y = x.new_empty(len(x), len(weight))
-        self._bf16_linear(x.data_ptr(), *x.shape, weight.data_ptr(), len(weight), y.data_ptr())
+        given = _address(x, (len(x), weight.shape[1]), torch.float32)
+        table = _address(weight, tuple(weight.shape), torch.bfloat16)
+        self._bf16_linear(given, *x.shape, table, len(weight), y.data_ptr())
         return y
 
     def block(
@@ -118,13 +141,28 @@ class Kernel:
         Attention and norms are in fp64. `angles`: cosines and sines.
         """
         y = x.detach().contiguous().clone()
-        rows, count, columns = allowed.shape[0], allowed.shape[2], allowed.shape[3]
-        turned = [angle.expand(rows, -1, -1, -1).contiguous() for angle in angles]
+        rows, _, count, columns = allowed.shape
+        capacity = kept[0].shape[2]
+        if columns > capacity:
+            raise ValueError(f"{columns} columns are more than the {capacity} that are held")
         may = allowed.contiguous()
-        addresses = (*(t.data_ptr() for t in turned), may.data_ptr())
-        span = _Span(rows, count, columns - count, kept[0].shape[2], *addresses)
-        self._block(block.pointers, span, y.data_ptr(), kept[0].data_ptr(), kept[1].data_ptr())
+        turned = (_address(angle, (rows, 1, count, block.width), torch.float32) for angle in angles)
+        span = _Span(
+            *(rows, count, columns - count, capacity), *turned, _address(may, tuple(allowed.shape), torch.bool)
+        )
+        held = (_address(t, (rows, block.heads, capacity, block.width), torch.float32) for t in kept)
+        self._block(block.pointers, span, _address(y, (rows, count, block.weights[0].inputs), torch.float32), *held)
         return y
+
+
+def processor() -> str:
+    """What this host's processor can do: code for another may kill a process."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()} {platform.node()}"
+    able = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {able}"
 
 
 @functools.cache
@@ -135,20 +173,21 @@ def kernel() -> Kernel | None:
         return None
     try:
         return Kernel(ctypes.CDLL(str(built(compiler))))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or str(error)
         warnings.warn(f"no compiled kernel, packed models run in PyTorch: {said.strip()[:200]}", stacklevel=2)
         return None
 
 
 def built(compiler: str) -> Path:
-    """The library, compiled where it is not there yet; for this host, whose processor it is made for."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitmar" / "kernels" / platform.node()
-    told = [compiler, *FLAGS, platform.machine(), SOURCE.read_text(encoding="utf-8")]
+    """The library, compiled where it is not there yet for such a processor."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "bitmar" / "kernels"
+    told = [compiler, *FLAGS, processor(), SOURCE.read_text(encoding="utf-8")]
     library = cache / f"{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:16]}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}.partial")
-        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(partial)], check=True, capture_output=True, text=True)
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(partial)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_S)
         partial.replace(library)  # two processes may build at once; either's will do
     return library

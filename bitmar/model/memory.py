@@ -27,6 +27,7 @@ from bitmar.batch import Packing, by_group
 from bitmar.config import ModelConfig
 from bitmar.model.attention import Heads, Shown, head_gates
 from bitmar.model.quantize import BitLinear, RMSNorm
+from bitmar.random_numbers import generator_of
 
 Addressing = Literal["attention", "larimar"]
 
@@ -237,8 +238,7 @@ def commit(
     real = torch.isfinite(chosen.surprise)
     keys, values = chosen.keys[real], chosen.values[real]
     if config.memory_noise > 0 and len(keys):
-        generator = torch.Generator().manual_seed((seed << 31) ^ step)
-        noise = torch.randn(keys.shape, generator=generator).to(keys.device)
+        noise = torch.randn(keys.shape, generator=generator_of(seed, step)).to(keys.device)
         keys = keys + config.memory_noise * noise / keys.shape[1] ** 0.5
     return write(state, keys, values, chosen.image_ids[real].tolist(), config.memory_alpha, config.memory_match)
 

@@ -56,11 +56,10 @@ class PackedLinear(nn.Module):
             packed, self.bits = pack(unpack(packed, self.inputs, bits), "2"), "2"
         self.register_buffer("packed", packed.contiguous(), persistent=False)
         self.register_buffer("scale", scale.float().contiguous(), persistent=False)
-        self._sections = torch.tensor(self.sections)
 
     @property
     def for_kernel(self) -> KernelWeight:
-        return KernelWeight(self.packed, self.scale, self._sections, self.inputs)
+        return KernelWeight(self.packed, self.scale, self.sections, self.inputs)
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
         flat, compiled = x.reshape(-1, x.shape[-1]), kernel()

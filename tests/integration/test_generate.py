@@ -20,6 +20,7 @@ from bitmar.model.memory import MemoryState
 from shards.loader import ShardSet
 from shards.tokenizer import BOS, TextTokenizer
 from tests.support.runs import run_tool
+from tools import export
 from tools import generate as generate_tool
 from tools import recall as recall_tool
 
@@ -86,6 +87,20 @@ def test_a_pair_is_remembered_in_a_file(
         episode = loaded.model(pair_batch([tokens], torch.from_numpy(np.load(vector))[None]), loaded.memory).episodes[0]
     torch.testing.assert_close(mine, episode, rtol=1e-5, atol=1e-5)
     assert len(printed(capsys, *asked, "--memory", written)) == 1
+
+
+@pytest.mark.parametrize("bits", ["2", "1.6"])
+def test_packed_files_speak_too(
+    brief_run: Path, vector: Path, tmp_path: Path, bits: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small.safetensors"
+    assert export.main(["packed", "--checkpoint", str(brief_run), "--out", str(out), "--bits", bits]) == 0
+    capsys.readouterr()
+    (text,) = printed(capsys, "--checkpoint", out, "--vector", vector, "--prompt", CAPTION, "--max_tokens", 4)
+    assert text.startswith(CAPTION)
+    (tmp_path / "small.tokenizer.json").unlink()
+    assert generate_tool.main(["--checkpoint", str(out)]) == 2
+    assert "small.tokenizer.json" in capsys.readouterr().err
 
 
 MISTAKES = {

@@ -31,6 +31,7 @@ from tests.support.batches import caption_batch, filled_memory, logits_of, small
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BITS: tuple[Bits, ...] = ("2", "1.6")
+ROW_TOKENS = 24
 
 
 def trained_like(**changes: object) -> BitMar:
@@ -72,7 +73,7 @@ def test_bytes_are_as_the_layout_says() -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_a_packed_model_computes_what_the_model_does(tmp_path: Path, bits: Bits) -> None:
     model, memory = trained_like(), filled_memory(small_model())
-    save_packed(model, memory, tmp_path / "m.safetensors", bits)
+    save_packed(model, memory, tmp_path / "m.safetensors", ROW_TOKENS, bits)
     packed, held = load_packed(tmp_path / "m.safetensors")
     half = {"keys": memory.keys.bfloat16().float(), "values": memory.values.bfloat16().float()}
     expected = dataclasses.replace(memory, **half)
@@ -86,7 +87,7 @@ def test_a_packed_model_computes_what_the_model_does(tmp_path: Path, bits: Bits)
 @pytest.mark.parametrize("bits", BITS)
 def test_weights_come_back_bit_for_bit(tmp_path: Path, bits: Bits) -> None:
     model = trained_like()
-    save_packed(model, filled_memory(model.config), tmp_path / "m.safetensors", bits)
+    save_packed(model, filled_memory(model.config), tmp_path / "m.safetensors", ROW_TOKENS, bits)
     packed = load_packed(tmp_path / "m.safetensors")[0]
     for name, layer in rounded_layers(model):
         mine = packed.get_submodule(name)
@@ -107,14 +108,14 @@ def test_pruned_and_masked_models_are_packed_too(tmp_path: Path) -> None:
     model = BitMar(config).eval()
     model.load_state_dict(weights)
     memory = filled_memory(config)
-    save_packed(model, memory, tmp_path / "m.safetensors")
+    save_packed(model, memory, tmp_path / "m.safetensors", ROW_TOKENS)
     packed, held = load_packed(tmp_path / "m.safetensors")
     assert torch.equal(logits_of(packed, caption_batch(), held), logits_of(rounded(model), caption_batch(), held))
 
 
 def test_a_model_without_rounding_is_only_made_smaller(tmp_path: Path) -> None:
     model, memory = trained_like(quantization=False, vision_quantization=False), filled_memory(small_model())
-    save_packed(model, memory, tmp_path / "m.safetensors")
+    save_packed(model, memory, tmp_path / "m.safetensors", ROW_TOKENS)
     packed, held = load_packed(tmp_path / "m.safetensors")
     assert torch.equal(logits_of(packed, caption_batch(), held), logits_of(rounded(model), caption_batch(), held))
 
@@ -126,7 +127,7 @@ def test_the_reader_in_the_readme_reads_it(tmp_path: Path, bits: Bits) -> None:
     there: dict[str, Any] = {}
     exec(compile(block, "README.md", "exec"), there)
     model, memory = trained_like(), filled_memory(small_model())
-    save_packed(model, memory, tmp_path / "m.safetensors", bits)
+    save_packed(model, memory, tmp_path / "m.safetensors", ROW_TOKENS, bits)
     arrays, config = there["read_packed"](tmp_path / "m.safetensors")
     assert ModelConfig(**config | {"masked_heads": (), "pruned_heads": ()}) == model.config
     ternary = dict(rounded_layers(model))
@@ -215,10 +216,22 @@ def test_frozen_models_compute_what_trained_ones_do(compiled: bool, monkeypatch:
 def test_files_that_are_no_packed_model(tmp_path: Path) -> None:
     model = trained_like()
     good = tmp_path / "good.safetensors"
-    save_packed(model, filled_memory(model.config), good)
+    save_packed(model, filled_memory(model.config), good, ROW_TOKENS)
     with safe_open(good, framework="pt") as file:
         header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     broken = tmp_path / "broken.safetensors"
+    name = "decoder.blocks.0.feed_forward.down.weight"
+    many, scales = tensors[f"{name}.packed"], tensors[f"{name}.scale"]
+    other: dict[str, dict[str, torch.Tensor]] = {
+        "holds rows": {f"{name}.packed": torch.cat([many, many])},
+        "holds short rows": {f"{name}.packed": many[:, :-1].contiguous()},
+        "holds other numbers": {f"{name}.packed": many.float()},
+        "holds no ternary": {f"{name}.packed": torch.full_like(many, 255)},
+        "holds few scales": {f"{name}.scale": scales[:0]},
+        "has a narrow table": {"embedding.weight": tensors["embedding.weight"][:, :-1].contiguous()},
+        "has an fp32 table": {"embedding.weight": tensors["embedding.weight"].float()},
+        "has another memory": {"slots.age": tensors["slots.age"][:-1].contiguous()},
+    }
     without = {name: t for name, t in tensors.items() if name != "embedding.weight"}
     cases = [
         (tensors, header | {"version": "9"}, "version 1"),
@@ -227,6 +240,9 @@ def test_files_that_are_no_packed_model(tmp_path: Path) -> None:
         (tensors | {"surplus": torch.zeros(1)}, header, "surplus"),
         (tensors, header | {"config": json.dumps(json.loads(header["config"]) | {"width": 64})}, "describes"),
     ]
+    cases += [(tensors | changed, header, "does not hold the model") for changed in other.values()]
+    cases.append((tensors, header | {"bits": "1.6"}, "does not hold the model"))
+    cases.append((tensors, {k: v for k, v in header.items() if k != "config"}, "no packed model"))
     for content, said, words in cases:
         save_file(content, broken, said)
         with pytest.raises(ConfigError, match=words):

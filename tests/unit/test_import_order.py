@@ -46,7 +46,7 @@ shards.store
 shards.dataset
 shards.rows
 shards.loader
-bitmar.startup bitmar.version
+bitmar.startup bitmar.version bitmar.random_numbers
 bitmar.config_checks bitmar.head_names
 bitmar.model_config bitmar.watch_config
 bitmar.config
