@@ -9,13 +9,14 @@ r"""Text from a trained model: of an image's vector, of a prompt, of both or of 
 
 --vector takes a .npy of one vector, or of several in rows, which make a text each. --memory off reads an empty memory;
 a file takes the place of the checkpoint's own. --write_episode shows the model vector and prompt as a pair, once, and
-writes the memory that has it. Greedy unless a temperature or beams are asked for. Prints a text a line, line breaks as \n.
-Exit code 0: done; 2: a mistake in what was asked, or a damaged checkpoint, which is named.
+writes the memory that has it. Greedy unless a temperature or beams are asked for. Prints a text a line, with line
+breaks in it as \n. Exit code 0: done; 2: a mistake in what was asked, or a damaged checkpoint, which is named.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ from bitmar.model.memory import MemoryState
 from bitmar.model.packed import freeze
 from shards.tokenizer import BOS, TextTokenizer
 from tools.attention_patterns import read_vector
+
+
+LINE_BREAK = re.compile(r"[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = parse(arguments)
     try:
         for text in texts_of(speaker(known.checkpoint), known):
-            print(text.replace("\n", "\\n").replace("\r", "\\r"))
+            print(LINE_BREAK.sub(lambda found: repr(found[0])[1:-1], text))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
