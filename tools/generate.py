@@ -39,7 +39,6 @@ from bitmar.model.packed import freeze
 from shards.tokenizer import BOS, TextTokenizer
 from tools.attention_patterns import read_vector
 
-
 LINE_BREAK = re.compile(r"[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 
 
