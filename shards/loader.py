@@ -302,6 +302,15 @@ class ValidationSet:
         """int64 [samples]: the image of each chosen sample, 0 where none."""
         return self._chosen.image_id
 
+    @property
+    def is_permutable(self) -> bool:
+        """Whether each caption can get the vector of another image: none has more than half of the chosen samples."""
+        return self._modality == PAIRS and 2 * self._most_of_an_image <= self.samples
+
+    @property
+    def _most_of_an_image(self) -> int:
+        return int(np.unique(self._chosen.image_id, return_counts=True)[1].max())
+
     def text(self, chosen: int) -> str:
         """The text of a chosen sample."""
         return self._reader(chosen).text(int(self._chosen.sample[chosen]))
@@ -345,10 +354,8 @@ class ValidationSet:
         """int64: for each chosen sample the one whose vector it gets: by image id, rotated by the largest group."""
         if self._modality != PAIRS:
             raise DataError("permuted vision needs pairs: text has no vectors")
-        ids = self._chosen.image_id
-        order = np.argsort(ids, kind="stable")
-        most = int(np.unique(ids, return_counts=True)[1].max())
-        if 2 * most > len(order):
+        order, most = np.argsort(self._chosen.image_id, kind="stable"), self._most_of_an_image
+        if not self.is_permutable:
             raise DataError(
                 f"vision cannot be permuted: one image has {most} of the {len(order)} validation captions, more "
                 "than half: use more validation samples"

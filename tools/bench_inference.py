@@ -221,7 +221,7 @@ def evaluation_row(folder: Path, quick: bool) -> dict[str, Any]:
         found.append(json.loads(out.read_text(encoding="utf-8")))
     one, two = found
     apart = max(abs(a["value"] - b["value"]) for a, b in zip(one["scores"], two["scores"], strict=True))
-    took = [sum(told["seconds"].values()) for told in found]
+    took = [sum(task["seconds"] for task in told["tasks"].values()) for told in found]
     return {
         "name": f"evaluation on 2 ranks against 1 (bitmar-14m; {EVALUATED}; largest difference of a score {apart:.0e})",
         "ours": round(took[1], 1),

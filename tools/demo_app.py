@@ -19,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bitmar.config_checks import require
+from bitmar.evaluation.sources import open_shards
 from bitmar.loading import load_trained
-from shards.loader import ShardSet
 from tools.demo_page.pairs import held_out
 
 HOST = "127.0.0.1"
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require(known.pairs > 0, f"--pairs must be > 0, got {known.pairs}")
         port = free_port(known.port)
         loaded = load_trained(known.checkpoint)
-        pairs = held_out(ShardSet.open(known.shards), known.pairs)
+        pairs = held_out(open_shards(loaded, known.shards), known.pairs)
         from tools.demo_page.page import Page, show  # takes seconds to import, which a mistake need not wait for
         from tools.demo_page.session import Demo
 

@@ -4,7 +4,9 @@
     deepspeed --num_accelerators 2 tools/evaluate.py --checkpoint runs/demo --shards DIR --tasks perplexity,retrieval
     python tools/evaluate.py --checkpoint runs/demo --tasks minimal_pairs --minimal_pairs blimp.jsonl
 
-Any number of ranks gives the same scores. The JSONL files of choice tasks are described in bitmar/evaluation/items.py.
+Any number of ranks gives the same scores. The file keeps the scores of tasks that are not scored this time, where they
+are of the same checkpoint. An exported directory names no shards and is not written into: give --shards and --out. The
+JSONL files of choice tasks are described in bitmar/evaluation/items.py.
 Exit code 0: done; 2: a mistake in what was asked, or a damaged checkpoint, which is named.
 """
 
@@ -15,30 +17,32 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 from rich.table import Table
 
-from bitmar.config import ConfigError, load_config
+from bitmar.config_checks import ConfigError, require
 from bitmar.engine.world import World
 from bitmar.evaluation.plots import draw_scores
-from bitmar.evaluation.scores import FOLDER, Score, write_scores
-from bitmar.evaluation.suite import FROM_FILES, TASKS, Subject, open_subject
-from bitmar.loading import CONFIG_FILE, find_checkpoint
+from bitmar.evaluation.score_file import ScoreFile, TaskScores
+from bitmar.evaluation.scores import Score, path_of
+from bitmar.evaluation.sources import check_exported
+from bitmar.evaluation.suite import FROM_FILES, OWN, TASKS, Subject, open_subject
 from bitmar.observability.drawing import About
 from tools.ranks import on_ranks
 
 ALL = "all"
+CHECKPOINT = "a run's folder, a checkpoint, or an exported directory"
 FILES = (*FROM_FILES, "distractors")
+PICTURE = ".png"
 PLAIN_WIDTH = 160  # of the table where no terminal tells its own
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="evaluate", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run's folder or a checkpoint")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help=CHECKPOINT)
     parser.add_argument("--shards", metavar="DIR", help="whose validation split is scored; default: the run's own")
     parser.add_argument(
         "--tasks", default=ALL, help=f"of {', '.join(TASKS)}, with commas; default: all that there is data for"
@@ -68,51 +72,68 @@ def chosen_tasks(known: argparse.Namespace) -> list[str]:
 
 
 def evaluate(known: argparse.Namespace, world: World) -> None:
-    """Run the tasks, and tell of them on rank 0."""
-    if known.max_samples < 1:
-        raise ConfigError(f"--max_samples must be > 0, got {known.max_samples}")
+    """Run the tasks; rank 0 writes the scores of each as it ends, and tells of all."""
+    require(known.max_samples > 0, f"--max_samples must be > 0, got {known.max_samples}")
+    require(
+        known.out is None or known.out.suffix != PICTURE,
+        f"--out {known.out}: the picture gets this ending; give another",
+    )
     tasks = chosen_tasks(known)
-    run, _ = find_checkpoint(known.checkpoint)
     files = {name: getattr(known, name) for name in FILES if getattr(known, name) is not None}
-    shards = None
-    if any(task not in files for task in tasks):
-        shards = known.shards or load_config(run / CONFIG_FILE).data.shards
+    shards = (known.shards or OWN) if any(task not in files for task in tasks) else None
+    needed = {"out": known.out} if shards is None else {"shards": known.shards, "out": known.out}
+    check_exported(known.checkpoint, **needed)
     subject = open_subject(known.checkpoint, shards, world, files, known.max_samples)
-    scores, seconds = list[Score](), dict[str, float]()
+    file = open_file(known.out, subject) if world.is_first else None
+    found = list[Score]()
     for task in tasks:
         world.barrier()
-        started = time.perf_counter()
-        found = TASKS[task](subject)
+        started, noted = time.perf_counter(), len(subject.notes)
+        scores = TASKS[task](subject)
         world.barrier()
-        seconds[task] = round(time.perf_counter() - started, 3)
-        scores += found
-        if not found:
-            subject.notes.append(f"{task} is left out: {shards} holds nothing out for it")
-    if world.is_first:
-        tell(subject, scores, seconds, known.out or run / FOLDER / f"step_{subject.loaded.progress.step}.json")
+        seconds = round(time.perf_counter() - started, 3)
+        opened = None if task in files else subject.shards
+        data = str(files[task]) if opened is None else opened.location
+        if not scores:
+            subject.notes.append(f"{task} is left out: {data} holds nothing out for it")
+        found += scores
+        if file is not None:
+            generated = opened is not None and opened.generated
+            file.add(task, TaskScores(data, scores, generated, seconds, subject.notes[noted:]))
+    if file is not None:
+        tell(subject, found, file, tasks)
 
 
-def tell(subject: Subject, scores: list[Score], seconds: dict[str, float], path: Path) -> None:
-    """Write the files and print the table."""
-    loaded, shards = subject.loaded, subject.shards
-    generated = shards is not None and shards.generated
-    header: dict[str, Any] = {
-        "checkpoint": str(loaded.checkpoint),
+def open_file(out: Path | None, subject: Subject) -> ScoreFile:
+    """Where the scores go. Raises DataError, OSError where they cannot."""
+    loaded = subject.loaded
+    header = {
         "step": loaded.progress.step,
         "words": loaded.progress.words,
-        "shards": None if shards is None else shards.location,
-        "generated": generated,
         "ranks": subject.world.size,
         "device": subject.world.device.type,
-        "seconds": seconds,
     }
-    write_scores(path, header, scores, subject.notes)
-    about = About(loaded.config.run.name, loaded.progress.step, generated)
-    picture = draw_scores(about, scores, path.with_suffix(".png"))
+    return ScoreFile(out or path_of(loaded.run_directory, loaded.progress.step), loaded.checkpoint, header)
+
+
+def tell(subject: Subject, scores: list[Score], file: ScoreFile, tasks: Sequence[str]) -> None:
+    """Print the table, and draw what the file holds."""
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+
+    def say(line: object) -> None:
+        console.print(str(line), markup=False, soft_wrap=True)
+
     console.print(table_of(scores))
-    for line in (*subject.notes, *map(str, filter(None, (path, picture)))):
-        console.print(line, markup=False, soft_wrap=True)
+    for note in subject.notes:
+        say(note)
+    say(file.path)
+    kept = [name for name in file.tasks if name not in tasks]
+    if kept:
+        say(f"beside scores that it held already: {', '.join(kept)}")
+    about = About(subject.loaded.config.run.name, subject.loaded.progress.step, file.generated)
+    picture = draw_scores(about, file.scores, file.path.with_suffix(PICTURE))
+    if picture is not None:
+        say(picture)
 
 
 def table_of(scores: Sequence[Score]) -> Table:

@@ -2,18 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from torch import Tensor
 
 from bitmar.engine.world import World, is_lost_peer, join_world, leave_world
 
 USER_ERROR = 2
-OTHER_RANK_WAIT_S = 2.0  # rank 0 tells of a mistake that all ranks meet; one that lives on after this tells its own
+OTHER_RANK_WAIT_S = 2.0  # rank 0 tells of a mistake; a rank that lives on after this tells its own
+
+T = TypeVar("T")
+
+
+class OtherRankError(ValueError):
+    """What has gone wrong on another rank."""
+
+
+class Together(World):
+    """A world whose ranks, before they exchange anything, ask each other whether one has failed: where one that fails
+    alone would leave the others waiting for it, all of them end. `any` and `agree` do not ask."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        self.check()
+        return super().gather(tensor)
+
+    def gather_objects(self, value: T) -> list[T]:
+        self.check()
+        return super().gather_objects(value)
+
+    def broadcast_object(self, value: T) -> T:
+        self.check()
+        return super().broadcast_object(value)
+
+    def barrier(self) -> None:
+        self.check()
+        super().barrier()
+
+    def check(self, problem: str | None = None) -> None:
+        """Tell the others this rank's problem. Raises OtherRankError where it has none and another has."""
+        if not self.any(problem is not None):
+            return
+        for rank, told in enumerate(super().gather_objects(problem)):
+            if problem is None and told is not None:
+                raise OtherRankError(f"rank {rank}: {told}")
+
+
+def together(world: World, work: Callable[[World], None]) -> None:
+    """Do the work on all ranks. Raises on all of them where one meets a user's mistake: that one its own error, the
+    others OtherRankError."""
+    shared = Together(**vars(world))
+    try:
+        work(shared)
+    except OtherRankError:
+        raise
+    except (ValueError, OSError) as error:
+        with contextlib.suppress(RuntimeError):  # of ranks that have gone: they need not be told
+            shared.check(one_line(error))
+        raise
+    shared.check()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def on_ranks(work: Callable[[World], None], threads: int | None = None) -> int:
@@ -22,9 +80,9 @@ def on_ranks(work: Callable[[World], None], threads: int | None = None) -> int:
     try:
         if threads is not None and threads < 1:
             raise ValueError(f"--threads must be > 0, got {threads}")
-        work(join_world(threads=threads))
+        together(join_world(threads=threads), work)
     except (ValueError, OSError) as error:
-        report(" ".join(str(error).split()))
+        report(one_line(error))
         return USER_ERROR
     except RuntimeError as error:
         if not is_lost_peer(error):

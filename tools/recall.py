@@ -31,19 +31,21 @@ from bitmar.evaluation.recall import (
     recall_by_stored,
     recall_once,
 )
-from bitmar.evaluation.scores import fraction
+from bitmar.evaluation.scores import FOLDER, fraction
+from bitmar.evaluation.sources import check_exported, open_shards
 from bitmar.loading import Loaded, load_trained
 from bitmar.model.packed import freeze
 from bitmar.observability import drawing as d
-from shards.loader import ShardSet
+
+CHECKPOINT = "a run's folder, a checkpoint, or an exported directory (then with --shards and --out)"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="recall", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run's folder or a checkpoint")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help=CHECKPOINT)
     parser.add_argument("--shards", metavar="DIR", help="pairs of its validation split (default: the run's shards)")
     parser.add_argument("--pairs", type=int, default=64, help="that are shown and asked for (default: 64)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/evaluation")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"default: RUN/{FOLDER}")
     return parser.parse_args(arguments)
 
 
@@ -52,16 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = parse(arguments)
     try:
         require(known.pairs > 1, f"--pairs must be > 1, got {known.pairs}")
+        check_exported(known.checkpoint, shards=known.shards, out=known.out)
         loaded = load_trained(known.checkpoint)
-        data = loaded.config.data
         wanted = 2 * known.pairs + loaded.config.model.memory_size  # others, too, until the memory has turned over
-        pairs = held_out_pairs(ShardSet.open(known.shards or data.shards), wanted, data.row_tokens)
+        pairs = held_out_pairs(open_shards(loaded, known.shards), wanted, loaded.config.data.row_tokens)
         require(
             len(pairs) >= 2 * known.pairs,
-            f"--pairs {known.pairs} needs as many other images; the validation split has {len(pairs)} in all",
+            f"--pairs {known.pairs} needs as many other images; {len(pairs)} images are held out",
         )
         found = measured(loaded, pairs.part(0, known.pairs), pairs.part(known.pairs, len(pairs)))
-        out = known.out or loaded.run_directory / "evaluation"
+        out = known.out or loaded.run_directory / FOLDER
         out.mkdir(parents=True, exist_ok=True)
         (out / "recall.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
         draw(loaded, found, out / "recall.png")

@@ -38,7 +38,7 @@ from bitmar.engine.fragments import (
     write_fragments,
     write_state,
 )
-from bitmar.engine.progress import FOLDER, Progress, identity_of_model
+from bitmar.engine.progress import FOLDER, Progress, checkpoint_name, identity_of_model
 from bitmar.engine.retention import Keep
 from bitmar.head_names import HeadName
 from bitmar.loading import CONFIG_FILE, TOKENIZER_FILE
@@ -220,7 +220,7 @@ def _write_run(
         raise ConfigError(f"{out} exists; give another --out")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    folder = partial / FOLDER / f"step_{state['progress']['step']:08d}"
+    folder = partial / FOLDER / checkpoint_name(state["progress"]["step"])
     folder.mkdir(parents=True)
     pieces = [
         Fragment(

@@ -43,7 +43,7 @@ from bitmar.engine.fragments import (
     write_state,
     write_tensors,
 )
-from bitmar.engine.progress import FOLDER, Progress, checkpoint_directories
+from bitmar.engine.progress import FOLDER, Progress, checkpoint_directories, checkpoint_name
 from bitmar.engine.retention import Candidate, Keep, removable
 from bitmar.engine.world import World
 from bitmar.engine.zero import ZeroEngine
@@ -106,7 +106,7 @@ class Saver:
         """Begin a checkpoint, after the end of an earlier one; `wait`: also end it. Returns the saves that ended."""
         started = time.perf_counter()
         ended = self.wait()
-        directory = self._folder / f"step_{progress.step:08d}"
+        directory = self._folder / checkpoint_name(progress.step)
         if self._world.is_first:
             shutil.rmtree(_partial(directory), ignore_errors=True)
         _check_memory_agrees(memory, self._world)  # a collective: no rank writes before the folder is clear

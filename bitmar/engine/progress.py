@@ -57,6 +57,11 @@ def identity_of_model(config: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in model.items() if value or name not in ("masked_heads", "pruned_heads")}
 
 
+def checkpoint_name(step: int) -> str:
+    """The folder of a checkpoint, in FOLDER."""
+    return f"step_{step:08d}"
+
+
 def checkpoint_directories(run_directory: Path) -> list[Path]:
     """Whole checkpoints of a run, newest first."""
     found = (run_directory / FOLDER).glob("step_*")

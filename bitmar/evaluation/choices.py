@@ -1,12 +1,13 @@
 """Accuracy of choice tasks: minimal pairs, a caption among distractors, VQA with answer candidates, Winoground.
 
-The candidate with the largest log-probability is chosen; a tie with the right one is wrong. Conventions, those of
-lm-evaluation-harness where it has the task:
+The candidate with the largest log-probability is chosen; a tie with the right one is wrong. What is compared:
 
-- Minimal pairs: the sum over all tokens of a sentence, without the end token.
+- Minimal pairs: the sum over all tokens of a sentence, without the end token. No space stands before the sentence, as
+  in BabyLM's pipeline of 2025; lm-evaluation-harness scores " " + sentence by default.
 - Distractors: the caption with its end token, the sum and the mean of a token.
-- VQA: the answer behind the question, without the end token, the sum and the mean of a byte; and the sum with the
-  image closed, which tells what the words alone give away.
+- VQA: " " + answer behind the question, without the end token, the sum, and the sum over the answer's own bytes, in
+  which lm-evaluation-harness does not count the space either; and the sum with the image closed, which tells what the
+  words alone give away.
 - Winoground (Thrush et al. 2022): text score, both images choose their caption; image score, both captions choose
   their image; group score, both. The chance of four independent values: 1/4, 1/4, 1/6.
 """

@@ -36,7 +36,7 @@ class Candidate:
     continuation: tuple[int, ...]  # one token at least
     context: tuple[int, ...] = ()
     image: Image | None = None
-    bytes: int = 1  # of the continuation's text
+    bytes: int = 1  # of the continuation's text, without the space that joins it to a context
 
     @property
     def positions(self) -> int:
@@ -54,7 +54,7 @@ def candidate(
     if not parts[1]:
         raise DataError("an empty text cannot be scored")
     end = (EOS,) if ends else ()
-    return Candidate(parts[1] + end, parts[0], image, max(1, len(continuation.encode("utf-8"))))
+    return Candidate(parts[1] + end, parts[0], image, len(text.encode("utf-8")))
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ from shards.tokenizer import BOS
 
 Cue = Literal["image", "text"]
 CUES: tuple[Cue, ...] = ("image", "text")
+DRAWN = 8  # captions to find a pair of another image
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class Pairs:
 
 
 def held_out_pairs(shards: ShardSet, most: int, row_tokens: int) -> Pairs:
-    """Up to `most` pairs of the validation split, one of each image. Raises DataError where it holds none."""
+    """Up to `most` pairs of the validation split, one of each image, from DRAWN x `most` of its captions. Raises
+    DataError where it holds none."""
     rows = ValidationSet(
         shards,
         modality="pairs",
         micro_batch=64,
         row_tokens=row_tokens,
-        max_samples=max(1, shards.samples("validation", "pairs")),
+        max_samples=DRAWN * most,
         rank=0,
         world=1,
     )

@@ -7,13 +7,9 @@ A score is a function of the columns' sums, so that its bootstrap resamples whol
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -110,16 +106,6 @@ def joined(rows: Float[np.ndarray, "N C"], units: Int[np.ndarray, "N"]) -> Float
     return table
 
 
-def write_scores(path: Path, header: dict[str, Any], scores: Sequence[Score], notes: Sequence[str] = ()) -> None:
-    """JSON, in one move: the header's keys, `scores`, and `notes` of what was left out. Numbers that are not finite
-    are null."""
-    rows = [{k: _plain(v) for k, v in dataclasses.asdict(score).items()} for score in scores]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps({**header, "scores": rows, "notes": list(notes)}, indent=1, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def path_of(run_directory: Path, step: int) -> Path:
+    """Where the scores of a run's checkpoint lie (score_file.ScoreFile)."""
+    return run_directory / FOLDER / f"step_{step}.json"

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bitmar.batch import Batch
@@ -26,6 +26,7 @@ from bitmar.evaluation.quantization import loss_scores, rounding_scores, roundin
 from bitmar.evaluation.recall import held_out_pairs, recall_scores
 from bitmar.evaluation.retrieval import gather_latents, rank_all, retrieval_scores
 from bitmar.evaluation.scores import Score
+from bitmar.evaluation.sources import open_shards
 from bitmar.generation.generate import generate
 from bitmar.generation.sampling import Sampling
 from bitmar.loading import Loaded, load_trained
@@ -33,12 +34,12 @@ from bitmar.model.bitmar import BitMar, Outputs
 from bitmar.model.memory import MemoryState
 from bitmar.model.packed import freeze
 from shards.loader import ShardSet, ValidationSet
-from shards.record import DataError
 from shards.tokenizer import BOS, TextTokenizer
 
 CAPTION_TOKENS = 64
 SHOWN = 64  # pairs that the memory is asked for
 CANDIDATES = 8  # of an item of distractors that is made from the shards: one right, the others other images'
+OWN = ""  # shards: those of the run
 TEXT_WAYS: tuple[Way, ...] = (RIGHT, ("right", "off"))
 
 
@@ -52,7 +53,7 @@ class Subject:
     world: World
     shards: ShardSet | None  # None: no task needs any
     files: Mapping[str, Path] = field(default_factory=dict)  # of tasks that read JSONL
-    max_samples: int = 2048  # held-out captions and texts; retrieval takes all captions
+    max_samples: int = 2048  # held-out captions and texts; retrieval and captioning's references are of all
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -113,15 +114,11 @@ class Subject:
 def open_subject(
     checkpoint: Path, shards: str | None, world: World, files: Mapping[str, Path], max_samples: int
 ) -> Subject:
-    """Load a checkpoint, and open shards where asked for. Raises CheckpointError, ConfigError, DataError."""
+    """Load a checkpoint, and open shards where asked for: OWN are its run's. Raises CheckpointError, ConfigError,
+    DataError."""
     loaded = load_trained(checkpoint)
     tokenizer = TextTokenizer(loaded.tokenizer)
-    opened = None if shards is None else ShardSet.open(shards)
-    if opened is not None and opened.tokenizer_hash != tokenizer.sha256:
-        raise DataError(f"the shards {shards} have another tokenizer than {loaded.tokenizer}, which the model knows")
-    width = loaded.config.model.vision_encoder_dim
-    if opened is not None and opened.vector_size != width:
-        raise DataError(f"the shards {shards} hold vectors of {opened.vector_size} numbers; the model takes {width}")
+    opened = None if shards is None else open_shards(loaded, None if shards == OWN else shards)
     loaded.model.to(world.device)
     memory = MemoryState(**{name: tensor.to(world.device) for name, tensor in loaded.memory.tensors().items()})
     return Subject(loaded, memory, tokenizer, world, opened, files, max_samples)
@@ -130,7 +127,7 @@ def open_subject(
 def perplexity(subject: Subject) -> list[Score]:
     scores, world = [], subject.world
     sets = (
-        (subject.pairs, (*WAYS, MIXED), "", "caption"),
+        (subject.pairs, caption_ways(subject), "", "caption"),
         (subject.text, TEXT_WAYS, "text", "record"),
     )
     for held_out, ways, what, unit in sets:
@@ -139,6 +136,15 @@ def perplexity(subject: Subject) -> list[Score]:
             whole = whole_tables(tables, held_out.sample_of_row, world)
             scores += perplexity_scores(whole, subject.tokenizer.vocab_size, what, unit)
     return scores
+
+
+def caption_ways(subject: Subject) -> tuple[Way, ...]:
+    """All, but for those that permute images where one image has too many of the captions."""
+    ways = (*WAYS, MIXED)
+    if subject.pairs is None or subject.pairs.is_permutable:
+        return ways
+    subject.notes.append("permuted vision is left out: one image has more than half of the captions")
+    return tuple(way for way in ways if way[0] != "permuted")
 
 
 def retrieval(subject: Subject) -> list[Score]:
@@ -150,14 +156,12 @@ def retrieval(subject: Subject) -> list[Score]:
 
 
 def captioning(subject: Subject) -> list[Score]:
-    """A caption an image, by greedy choice; the images are dealt to the ranks in batches."""
-    pairs = subject.pairs
-    if pairs is None:
+    """A caption an image of the drawn captions, by greedy choice; the images are dealt to the ranks in batches."""
+    pairs, every = subject.pairs, subject.every_pair
+    if pairs is None or every is None:
         return []
-    _, first, image = np.unique(pairs.image_ids, return_index=True, return_inverse=True)
-    references: list[list[str]] = [[] for _ in first]
-    for chosen, at in enumerate(image.tolist()):
-        references[at].append(pairs.text(chosen))
+    images, first = np.unique(pairs.image_ids, return_index=True)
+    references = references_of(images, every)
     world, made = subject.world, dict[int, str]()
     sampling = Sampling(max_tokens=min(CAPTION_TOKENS, subject.limit - 1))
     for start in range(world.rank * BATCH, len(first), world.size * BATCH):
@@ -170,6 +174,14 @@ def captioning(subject: Subject) -> list[Score]:
     scores, notes = caption_scores([joined[n] for n in range(len(first))], references)
     subject.notes.extend(notes)
     return scores
+
+
+def references_of(images: Int[np.ndarray, "I"], captions: ValidationSet) -> list[list[str]]:
+    """The texts of all captions of each of `images`, which are distinct and in order."""
+    texts: list[list[str]] = [[] for _ in images]
+    for chosen in np.flatnonzero(np.isin(captions.image_ids, images)).tolist():
+        texts[int(np.searchsorted(images, captions.image_ids[chosen]))].append(captions.text(chosen))
+    return texts
 
 
 def stacked(pairs: ValidationSet, chosen: Sequence[int]) -> Float[Tensor, "N V"]:

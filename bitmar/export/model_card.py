@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitmar.evaluation.scores import path_of
 from bitmar.loading import Exported, Loaded
 from bitmar.model.bitmar import parameter_counts
 from bitmar.observability.records import METRICS_FILE, read_lines
@@ -15,7 +16,6 @@ from bitmar.observability.run_folder import is_generated
 from bitmar.observability.schema import STEP_METRIC
 from shards.writer import MANIFEST
 
-EVALUATION = "evaluation"  # of a run's folder
 Row = tuple[str, ...]
 _SCORES, _RULE = ("score", "value", "95 % interval", "chance"), ("---",) * 4
 
@@ -164,7 +164,7 @@ def _validation(loaded: Loaded) -> Iterator[Row]:
 
 def _evaluation(loaded: Loaded) -> Iterator[Row]:
     """What tools/evaluate.py has found of this checkpoint."""
-    path = loaded.run_directory / EVALUATION / f"step_{loaded.progress.step}.json"
+    path = path_of(loaded.run_directory, loaded.progress.step)
     try:
         for score in json.loads(path.read_text(encoding="utf-8"))["scores"]:
             value, low, high, chance = (score[key] for key in ("value", "low", "high", "chance"))

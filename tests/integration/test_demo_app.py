@@ -291,12 +291,17 @@ def test_nobody_else_is_contacted(page: Page, contacts: Path) -> None:
 
 
 def test_mistakes(
-    brief_run: Path, tiny_raw: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    brief_run: Path,
+    tiny_raw: Path,
+    tiny_shards: Path,
+    other_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = tmp_path / "text"
     text.mkdir()
     (text / "train_50M.zip").symlink_to((tiny_raw / "train_50M.zip").resolve())
-    bare = make_shards(text, tmp_path / "shards")
+    bare = make_shards(text, tmp_path / "shards", tokenizer=brief_run / "tokenizer.json")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -304,6 +309,7 @@ def test_mistakes(
         cases = {
             "neither a run's folder": (tmp_path, tiny_shards),
             "validation split holds no pairs": (brief_run, bare),
+            "have another tokenizer than": (brief_run, other_shards),
             "nowhere": (brief_run, tmp_path / "nowhere"),
             f"--port {port}: Address already in use": (brief_run, tiny_shards, "--port", port),
             "--port must lie in 0 to 65535": (brief_run, tiny_shards, "--port", 99999),

@@ -12,14 +12,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 
 from bitmar.engine.progress import checkpoint_directories
-from bitmar.engine.world import free_port
-from bitmar.evaluation.suite import TASKS
+from bitmar.engine.world import World, free_port
+from bitmar.evaluation import recall
+from bitmar.evaluation.suite import TASKS, references_of
+from bitmar.export.model_card import model_card
+from bitmar.loading import load_trained
+from shards.loader import ShardSet, ValidationSet
+from shards.record import DataError
 from tests.support.processes import shell_environment
+from tests.support.ranks import run_ranks
 from tests.support.runs import ROOT, STEPS, metrics
-from tools import evaluate, vqa
+from tools import demo_app, evaluate, export, vqa
+from tools import recall as recall_tool
+from tools.ranks import together
 
 pytestmark = pytest.mark.slow
 
@@ -65,24 +74,26 @@ def flags(brief_run: Path, files: Path, out: Path) -> list[str]:
     return ["--checkpoint", str(brief_run), *given, "--max_samples", str(SAMPLES), "--threads", "1", "--out", str(out)]
 
 
+def on_ranks(arguments: Sequence[Sequence[str]]) -> tuple[list[int], list[tuple[str, str]]]:
+    """(exit codes, what was said on stdout and stderr) of evaluate.py on as many ranks, each with its own arguments."""
+    port, size, ranks = str(free_port()), str(len(arguments)), []
+    for rank, given in enumerate(arguments):
+        where = {"RANK": str(rank), "WORLD_SIZE": size, "LOCAL_RANK": str(rank), "LOCAL_SIZE": size}
+        group = shell_environment(**where, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, DS_ACCELERATOR="cpu")
+        command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *given, f"--local_rank={rank}"]
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=group, stdout=-1, stderr=-1, text=True))
+    said = [rank.communicate(timeout=300) for rank in ranks]
+    return [rank.returncode for rank in ranks], said
+
+
 @pytest.fixture(scope="module")
 def told(brief_run: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], str]]:
     """(the JSON, what was printed) of one rank and of two."""
     folder, results = tmp_path_factory.mktemp("scores"), []
     for size in (1, 2):
-        out, port, ranks = folder / f"{size}.json", str(free_port()), []
-        for rank in range(size):
-            where = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(size)}
-            group = shell_environment(**where, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, DS_ACCELERATOR="cpu")
-            command = [
-                sys.executable,
-                str(ROOT / "tools" / "evaluate.py"),
-                *flags(brief_run, files, out),
-                f"--local_rank={rank}",
-            ]
-            ranks.append(subprocess.Popen(command, cwd=ROOT, env=group, stdout=-1, stderr=-1, text=True))
-        said = [rank.communicate(timeout=300) for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0] * size, said
+        out = folder / f"{size}.json"
+        codes, said = on_ranks([flags(brief_run, files, out)] * size)
+        assert codes == [0] * size, said
         assert all(text == "" for text, _ in said[1:]), "rank 0 alone tells"
         results.append((json.loads(out.read_text()), said[0][0]))
         assert out.with_suffix(".png").is_file()
@@ -108,12 +119,13 @@ def test_two_ranks_give_the_scores_of_one(told: list[tuple[dict[str, Any], str]]
 def test_every_task_has_scores_with_intervals(told: list[tuple[dict[str, Any], str]]) -> None:
     (result, printed), _ = told
     names = {score["task"].lower().replace(" ", "_") for score in result["scores"]}
-    assert names == TASKS.keys() == result["seconds"].keys()
+    assert names == TASKS.keys() == result["tasks"].keys()
     for name, score in by_name(result).items():
         if score["low"] is not None:
             assert score["low"] <= score["value"] <= score["high"] or "BLEU" in name, name
         else:
-            assert score["unit"] == "weight" or "distinct" in name or "length of references" in name, name
+            facts = ("distinct", "length of references", "slots in use")
+            assert score["unit"] == "weight" or any(fact in name for fact in facts), name
         assert score["name"] in " ".join(printed.split()), name
     found = by_name(result)
     assert found["minimal pairs: accuracy"]["count"] == 6
@@ -121,7 +133,9 @@ def test_every_task_has_scores_with_intervals(told: list[tuple[dict[str, Any], s
     assert found["VQA: accuracy"]["chance"] == pytest.approx(1 / 3)
     assert found["Winoground: group score"]["count"] == 2
     assert found["distractors: accuracy"]["chance"] == pytest.approx(1 / 8)
-    assert result["generated"] is True
+    made = {name for name, task in result["tasks"].items() if task["generated"]}
+    assert made == TASKS.keys() - {"minimal_pairs", "vqa", "winoground"}
+    assert Path(result["tasks"]["vqa"]["data"]).name == "vqa.jsonl"
 
 
 def test_scores_are_those_of_the_training_s_own_validation(
@@ -195,12 +209,152 @@ def test_mistakes_are_one_line(
         ([*checkpoint, "--tasks", "perplexity", "--max_samples", "0"], "--max_samples"),
         (["--checkpoint", str(tmp_path / "damaged"), "--tasks", "retrieval"], "parameters-00000.safetensors"),
         (["--checkpoint", str(tmp_path)], "neither a run's folder"),
+        ([*checkpoint, "--tasks", "perplexity", "--out", str(tmp_path)], "Is a directory"),
+        ([*checkpoint, "--tasks", "perplexity", "--out", str(tmp_path / "x.png")], "x.png"),
     ]
     for arguments, words in cases:
-        assert evaluate.main([*arguments, "--threads", "1", "--out", str(tmp_path / "out.json")]) == 2, arguments
+        given = ["--threads", "1", "--out", str(tmp_path / "out.json"), *arguments]
+        assert evaluate.main(given) == 2, arguments
         said = capsys.readouterr()
         assert said.out == ""
         assert said.err.startswith("error: ")
         assert said.err.count("\n") == 1
         assert words in said.err
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_later_task_leaves_the_scores_of_others(
+    brief_run: Path, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of training, too; a card shows all."""
+    run = shutil.copytree(brief_run, tmp_path / "run")
+    path = run / "evaluation" / "step_20.json"
+    before = json.loads(path.read_text())
+    pairs = files / "blimp.jsonl"
+    asked = ["--checkpoint", str(run), "--tasks", "minimal_pairs", "--minimal_pairs", str(pairs), "--threads", "1"]
+    assert evaluate.main(asked) == 0
+    printed = capsys.readouterr().out
+    assert "beside scores that it held already: perplexity, quantization, retrieval" in printed
+    after = json.loads(path.read_text())
+    assert after["scores"][: len(before["scores"])] == before["scores"]
+    assert {name: task["data"] for name, task in after["tasks"].items()} == {
+        name: task["data"] for name, task in before["tasks"].items()
+    } | {"minimal_pairs": str(pairs)}
+    card = model_card(load_trained(run), "none", [])
+    assert "| minimal pairs: accuracy |" in card
+    assert "| retrieval: image to text R@5 |" in card
+
+
+def test_an_image_with_most_captions_leaves_permuted_vision_out(
+    brief_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--checkpoint", str(brief_run), "--tasks", "perplexity", "--max_samples", "1", "--threads", "1"]
+    assert evaluate.main([*asked, "--out", str(tmp_path / "out.json")]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    note = "permuted vision is left out: one image has more than half of the captions"
+    assert result["tasks"]["perplexity"]["notes"] == [note]
+    assert note in capsys.readouterr().out
+    names = by_name(result)
+    assert "perplexity: loss, no vision, memory off" in names
+    assert not any("permuted" in name for name in names)
+
+
+def test_references_are_all_captions_of_an_image(tiny_shards: Path) -> None:
+    shards = ShardSet.open(tiny_shards)
+
+    def captions(most: int) -> ValidationSet:
+        return ValidationSet(shards, modality="pairs", micro_batch=4, row_tokens=32, max_samples=most, rank=0, world=1)
+
+    few, every = captions(SAMPLES), captions(10_000)
+    images = np.unique(few.image_ids)
+    found = references_of(images, every)
+    for image, texts in zip(images, found, strict=True):
+        assert sorted(texts) == sorted(every.text(n) for n in range(every.samples) if every.image_ids[n] == image)
+    assert sum(map(len, found)) > few.samples, "more than those that were drawn"
+
+
+def test_the_memory_is_asked_for_pairs_of_a_few_captions(tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def noted(*arguments: Any, **named: Any) -> ValidationSet:
+        made = ValidationSet(*arguments, **named)
+        drawn.append(made.samples)
+        return made
+
+    monkeypatch.setattr(recall, "ValidationSet", noted)
+    assert len(recall.held_out_pairs(ShardSet.open(tiny_shards), 2, 32)) == 2
+    assert drawn == [16]
+
+
+def test_an_exported_directory(
+    brief_run: Path,
+    tiny_shards: Path,
+    other_shards: Path,
+    told: list[tuple[dict[str, Any], str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "exported"
+    assert export.main(["hf", "--checkpoint", str(brief_run), "--out", str(out)]) == 0
+    files = sorted(path.name for path in out.iterdir())
+    capsys.readouterr()
+    mistakes = [
+        (evaluate.main, [], "give --shards and --out"),
+        (evaluate.main, ["--shards", str(tiny_shards)], "give --out"),
+        (recall_tool.main, [], "give --shards and --out"),
+        (recall_tool.main, ["--shards", str(other_shards), "--out", str(tmp_path)], "have another tokenizer than"),
+        (demo_app.main, ["--shards", str(other_shards)], "have another tokenizer than"),
+    ]
+    for tool, arguments, words in mistakes:
+        assert tool(["--checkpoint", str(out), *arguments]) == 2, words
+        said = capsys.readouterr()
+        assert (said.out, said.err[:7], said.err.count("\n")) == ("", "error: ", 1)
+        assert words in said.err
+    place = tmp_path / "scores.json"
+    asked = ["--tasks", "retrieval", "--shards", str(tiny_shards), "--out", str(place), "--threads", "1"]
+    assert evaluate.main(["--checkpoint", str(out), *asked]) == 0
+    expected = by_name(told[0][0])
+    for name, score in by_name(json.loads(place.read_text())).items():
+        assert score["value"] == pytest.approx(expected[name]["value"], abs=1e-6), name
+    assert sorted(path.name for path in out.iterdir()) == files
+
+
+def test_a_rank_that_fails_alone_ends_all(brief_run: Path, files: Path, tmp_path: Path) -> None:
+    """Rank 1 has another file, of which a line is damaged; rank 0 is in the task's sum meanwhile."""
+    damaged = tmp_path / "blimp.jsonl"
+    damaged.write_text((files / "blimp.jsonl").read_text() + "{")
+    asked = ["--checkpoint", str(brief_run), "--tasks", "minimal_pairs", "--out", str(tmp_path / "out.json")]
+    pairs = [[*asked, "--threads", "1", "--minimal_pairs", str(path)] for path in (files / "blimp.jsonl", damaged)]
+    codes, said = on_ranks(pairs)
+    assert codes == [2, 2], said
+    for out, told in said:
+        assert out == ""
+        assert told.startswith(f"error: rank 1: {damaged}:7: not JSON")
+        assert told.count("\n") == 1
+    assert not (tmp_path / "out.json").exists()
+
+
+def fail_somewhere(world: World) -> list[str]:
+    """What each rank is told where one has failed before an exchange, behind all, or none has."""
+    told = []
+    for failing, after in ((1, False), (0, True), (None, False)):
+
+        def work(shared: World, failing: int | None = failing, after: bool = after) -> None:
+            if shared.rank == failing and not after:
+                raise DataError("early")
+            assert int(shared.sum(torch.tensor(shared.rank + 1))) == 3
+            if shared.rank == failing:
+                raise FileNotFoundError("late")
+
+        try:
+            together(world, work)
+            told.append("")
+        except (ValueError, OSError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+def test_each_rank_is_told_of_a_failure(tmp_path: Path) -> None:
+    first, second = run_ranks(2, tmp_path, fail_somewhere)
+    assert first == ["OtherRankError: rank 1: early", "FileNotFoundError: late", ""]
+    assert second == ["DataError: early", "OtherRankError: rank 0: late", ""]

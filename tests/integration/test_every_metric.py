@@ -31,7 +31,7 @@ from bitmar.engine.schedule import Rates
 from bitmar.engine.step import train_step
 from bitmar.engine.world import World
 from bitmar.engine.zero import ZeroEngine
-from bitmar.evaluation.in_training import evaluate_captions
+from bitmar.evaluating import evaluate_captions
 from bitmar.evaluation.perplexity import POOL, validate, without_vision
 from bitmar.losses import compute_losses
 from bitmar.model.bitmar import BitMar, Outputs, component_parameters, parameter_counts, parameter_sizes

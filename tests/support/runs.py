@@ -41,11 +41,10 @@ def run_tool(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=dict(os.environ))
 
 
-def make_shards(raw: Path, out: Path, vocabulary: int = VOCABULARY) -> Path:
+def make_shards(raw: Path, out: Path, vocabulary: int = VOCABULARY, tokenizer: Path | None = None) -> Path:
     """Shards of `raw` in `out`, with enough held out for a validation."""
-    done = run_tool(
-        "make_shards.py", "--raw", raw, "--out", out, "--vocab-size", vocabulary, "--validation-fraction", 0.2
-    )
+    words = ("--vocab-size", vocabulary) if tokenizer is None else ("--tokenizer", tokenizer)
+    done = run_tool("make_shards.py", "--raw", raw, "--out", out, *words, "--validation-fraction", 0.2)
     assert done.returncode == 0, done.stderr
     return out
 

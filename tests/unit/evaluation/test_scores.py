@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bitmar.evaluation.scores import (
     SEED,
-    Score,
     exp_ratio,
     fact,
     fraction,
@@ -20,7 +17,6 @@ from bitmar.evaluation.scores import (
     ratio,
     resampled,
     scored,
-    write_scores,
 )
 
 
@@ -71,21 +67,6 @@ def test_statistics_of_sums() -> None:
 def test_rows_of_a_unit_are_added() -> None:
     rows = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     np.testing.assert_array_equal(joined(rows, np.array([1, 0, 1])), [[3, 4], [6, 8]])
-
-
-def test_the_file_holds_every_field(tmp_path: Path) -> None:
-    path = tmp_path / "evaluation" / "step_5.json"
-    scores = [
-        fraction("t", "n", np.array([True, False]), "pair", 0.5),
-        Score("t", "x", math.nan, None, None, None, "u", 1),
-    ]
-    write_scores(path, {"step": 5}, scores, ["one note"])
-    told = json.loads(path.read_text())
-    assert (told["step"], told["notes"]) == (5, ["one note"])
-    first = {"task": "t", "name": "n", "value": 0.5, "low": 0.0, "high": 1.0, "chance": 0.5}
-    assert told["scores"][0] == first | {"unit": "pair", "count": 2, "measure": "fraction"}
-    assert told["scores"][1]["value"] is None
-    assert [p.name for p in path.parent.iterdir()] == ["step_5.json"]
 
 
 def test_a_fact_has_no_interval() -> None:

@@ -434,7 +434,8 @@ def test_max_samples_chooses_whole_samples_always_the_same(small_set: ShardSet) 
 def test_permuted_vision_is_never_of_the_same_image(small_set: ShardSet, max_samples: int) -> None:
     pool = validation(small_set, "pairs", max_samples=max_samples, row_tokens=200)
     ids = np.concatenate([rows.image_ids[rows.valid] for rows in pool.batches()])
-    if 2 * np.unique(ids, return_counts=True)[1].max() > len(ids):
+    assert pool.is_permutable == (2 * np.unique(ids, return_counts=True)[1].max() <= len(ids))
+    if not pool.is_permutable:
         with pytest.raises(DataError, match="more than half"):
             next(pool.batches("permuted"))
         return
