@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bitmar.config import Config, DataConfig, ModelConfig, RunConfig, load_config, model_from
+from bitmar.config import Config, ConfigError, DataConfig, ModelConfig, RunConfig, load_config, model_from
 from bitmar.engine.fragments import MEMORY_FILE, CheckpointError, read_parameters, read_state
 from bitmar.engine.progress import FOLDER, Progress, checkpoint_directories
 from bitmar.model.bitmar import BitMar
@@ -102,25 +102,40 @@ def _take(model: BitMar, found: dict[str, Tensor]) -> bool:
 
 
 def _load_exported(path: Path) -> Loaded:
-    """How often slots were read in all (`usage`) is not exported and starts at 0."""
+    """How often slots were read (`usage`) is not exported and starts at 0. With `use_memory: false` all are empty."""
     try:
-        told: dict[str, Any] = json.loads((path / EXPORTED_CONFIG).read_text(encoding="utf-8"))
+        told: Any = json.loads((path / EXPORTED_CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(path / EXPORTED_WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} is no exported model that can be read: {error}") from None
-    if told.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(f"{path} holds a model of type {told.get('model_type')}, not {MODEL_TYPE}")
-    config = Exported(
-        RunConfig(name=told.get("run_name") or "exported"),
-        DataConfig(shards="", row_tokens=told["max_position_embeddings"]),
-        model_from(told["bitmar"]),
-    )
+    config, progress, reads_memory = _read_exported(path / EXPORTED_CONFIG, told)
     slots = {name.removeprefix(SLOTS): tensors.pop(name) for name in list(tensors) if name.startswith(SLOTS)}
     empty = MemoryState.empty(config.model.memory_size, config.model.episode_dim).tensors()
     shapes = {name: tensor.shape for name, tensor in empty.items() if name != "usage"}
     model = BitMar(config.model)
     if not _take(model, tensors) or {name: tensor.shape for name, tensor in slots.items()} != shapes:
         raise CheckpointError(f"{path / EXPORTED_WEIGHTS} is of another model than {EXPORTED_CONFIG} describes")
-    memory = MemoryState(**{name: slots[name].to(t.dtype) if name in slots else t for name, t in empty.items()})
-    progress = Progress("", step=told.get("step", 0), words=told.get("words", 0))
+    held = slots if reads_memory else {}
+    memory = MemoryState(**{name: held[name].to(t.dtype) if name in held else t for name, t in empty.items()})
     return Loaded(model.eval(), memory, config, progress, path, path)
+
+
+def _read_exported(file: Path, told: Any) -> tuple[Exported, Progress, bool]:
+    """(configuration, where the run stood, whether the memory is read) of a config.json. Raises CheckpointError."""
+    if not isinstance(told, dict):
+        raise CheckpointError(f"{file} holds no object of keys")
+    if told.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(f"{file} is of a model of type {told.get('model_type')}, not {MODEL_TYPE}")
+    known = {"run_name": "", "step": 0, "words": 0, "use_memory": True} | told
+    kinds = {"bitmar": dict, "max_position_embeddings": int, "run_name": str, "step": int, "words": int}
+    for name, kind in (kinds | {"use_memory": bool}).items():
+        if name not in known:
+            raise CheckpointError(f"{file} lacks the key {name}")
+        if type(known[name]) is not kind:
+            raise CheckpointError(f"{file}: {name} is {known[name]!r}, where {kind.__name__} would do")
+    try:
+        data, model = DataConfig(shards="", row_tokens=known["max_position_embeddings"]), model_from(known["bitmar"])
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    exported = Exported(RunConfig(name=known["run_name"] or "exported"), data, model)
+    return exported, Progress("", step=known["step"], words=known["words"]), known["use_memory"]

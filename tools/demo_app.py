@@ -10,6 +10,7 @@ Exit code 0: ended by Ctrl-C; 2: a mistake in what was asked, a damaged checkpoi
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import sys
 import threading
@@ -44,11 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         port = free_port(known.port)
         loaded = load_trained(known.checkpoint)
         pairs = held_out(open_shards(loaded, known.shards), known.pairs)
+        keep_to_this_machine()
         from tools.demo_page.page import Page, show  # takes seconds to import, which a mistake need not wait for
         from tools.demo_page.session import Demo
 
         page = Page(Demo(loaded), pairs).build()
-        address = show(page, port)
+        address = show(page, HOST, port)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -58,6 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         page.close(verbose=False)
     return 0
+
+
+def keep_to_this_machine() -> None:
+    """Let gradio ask and tell nothing over the network; to be called before gradio is imported."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    for name in ("no_proxy", "NO_PROXY"):  # gradio asks itself whether it is there
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
 
 
 def free_port(port: int) -> int:

@@ -53,7 +53,8 @@ Step {step:,}, {words:,} words seen (a word counts each time it is read).
 - Images come as DINOv2 vectors of {vector} numbers (`vision_vectors`), or as `pixel_values` through `{vision_model}`
   (its `pooler_output`), which is loaded when the first image comes.
 - 8-bit rounding amplifies differences of 1e-7. Attention and the memory's read are therefore computed in fp64 at
-  inference, so that cached, batched and padded passes agree; `inference_dtype: float32` gives the trainer's numbers.
+  inference (in fp32 on MPS), so that cached, batched and padded passes agree; `inference_dtype: float32` gives the
+  trainer's numbers.
 
 ## Use
 

@@ -226,9 +226,12 @@ def recall(page: Page) -> str:
     return text_of(page, "#answer")
 
 
-def test_an_episode_is_written_and_recalled(page: Page, browser: Browser, address: str, pairs: list[Pair]) -> None:
+def test_an_episode_is_written_and_recalled(
+    page: Page, browser: Browser, address: str, pairs: list[Pair], brief_run: Path
+) -> None:
+    trained = int(load_trained(brief_run).memory.written.sum())
     open_tab(page, "write and recall")
-    assert "6 of 7 slots hold an episode, 0 of them of this session" in text_of(page, "#episodes")
+    assert f"{trained} of 7 slots hold an episode, 0 of them of this session" in text_of(page, "#episodes")
     click(page, "#empty")
     page.wait_for("document.querySelector('#episodes').textContent.includes('0 of 7')")
     assert "nothing" in recall(page)
@@ -249,7 +252,7 @@ def test_an_episode_is_written_and_recalled(page: Page, browser: Browser, addres
     assert "0 of them of this session" in text_of(other, "#episodes")
     other.close()
     click(page, "#reset")
-    page.wait_for("document.querySelector('#episodes').textContent.includes('6 of 7')")
+    page.wait_for(f"document.querySelector('#episodes').textContent.includes('{trained} of 7')")
     check_nothing_is_wrong(page)
 
 
@@ -275,6 +278,10 @@ def test_a_vector_of_ones_own(page: Page, pairs: list[Pair], brief_run: Path, tm
     click(page, "#generate")
     assert "one vector of 768 finite numbers would do" in complaint(page)
     page.evaluate("document.querySelectorAll('#source input')[2].click()")
+    fill(page, "#seed input", "")
+    click(page, "#generate")
+    assert "The seed is empty" in complaint(page)
+    fill(page, "#seed input", "5")
     fill(page, "#prompt textarea", "dog " * 40)
     click(page, "#generate")
     assert "trained on rows of 32" in complaint(page)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +17,17 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 from bitmar.batch import Batch
 from bitmar.config import ConfigError
+from bitmar.engine.fragments import CheckpointError
 from bitmar.engine.retention import BABYLM_MILESTONES
 from bitmar.export.huggingface import parse_words, revision_name
-from bitmar.loading import TOKENIZER_FILE
+from bitmar.loading import EXPORTED_CONFIG, TOKENIZER_FILE, load_trained
 from bitmar.model.bitmar import BitMar
+from bitmar.model.memory import MemoryState
 from shards.tokenizer import BOS, TextTokenizer
 from tests.support.batches import logits_of
 from tests.support.exports import TEXTS, export, trained_model
@@ -301,6 +305,70 @@ def test_pixels_are_those_of_dinov2s_own_processor(tiny: Tiny) -> None:
         mine = processor(images=image)["pixel_values"]
         assert mine.shape == (1, 3, 224, 224)
         np.testing.assert_allclose(mine[0], theirs(image)["pixel_values"][0], atol=1e-5)
+
+
+def test_pixels_of_floats_and_what_is_no_image(tiny: Tiny) -> None:
+    processor = load("AutoProcessor", tiny.directory)
+    expected = processor.pixels(picture())
+    as_floats = picture().astype(np.float32) / 255
+    for same in (as_floats, as_floats.astype(np.float64), torch.tensor(as_floats), picture().astype(np.int64)):
+        np.testing.assert_array_equal(processor.pixels(same), expected)
+    grey = Image.fromarray(picture()[..., 0])
+    np.testing.assert_array_equal(
+        processor.pixels(Image.fromarray(np.asarray(grey, np.float32) / 255)), processor.pixels(grey)
+    )
+    for wrong, words in (
+        (picture().astype(np.float32), "image of float32 holds what is no colour"),
+        (as_floats - 0.5, "no colour"),
+        (np.full((4, 4, 3), np.nan), "no colour"),
+        (picture().astype(np.int64) + 1, "no colour"),
+        (picture() > 100, "image of bool"),
+        (picture().transpose(2, 0, 1), r"shape \[3, 300, 411\]; \[height, width, 3\] would do"),
+        (picture()[None], "would do"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            processor.pixels(wrong)
+
+
+def damaged(directory: Path, out: Path, change: Any) -> Path:
+    """A directory with another config.json."""
+    shutil.copytree(directory, out)
+    told = json.loads((directory / EXPORTED_CONFIG).read_text())
+    (out / EXPORTED_CONFIG).write_text(json.dumps(change(told)))
+    return out
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "a list": (lambda told: [told], "holds no object of keys"),
+    "other": (lambda told: told | {"model_type": "gpt2"}, "of type gpt2, not bitmar"),
+    "no model": (lambda told: {n: v for n, v in told.items() if n != "bitmar"}, "lacks the key bitmar"),
+    "no rows": (
+        lambda told: {n: v for n, v in told.items() if n != "max_position_embeddings"},
+        "lacks the key max_position_embeddings",
+    ),
+    "a text": (lambda told: told | {"bitmar": "large"}, "bitmar is 'large', where dict would do"),
+    "rows": (lambda told: told | {"max_position_embeddings": 0}, "data.row_tokens must be > 0"),
+    "key": (lambda told: told | {"bitmar": told["bitmar"] | {"widht": 3}}, "unknown key model.widht"),
+    "width": (lambda told: told | {"bitmar": told["bitmar"] | {"ffn_width": 64}}, "of another model than config.json"),
+    "step": (lambda told: told | {"step": "nine"}, "step is 'nine', where int would do"),
+    "memory": (lambda told: told | {"use_memory": "no"}, "use_memory is 'no', where bool would do"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_config_is_told_in_a_line(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    change, words = DAMAGES[name]
+    with pytest.raises(CheckpointError, match=words) as error:
+        load_trained(damaged(tiny.directory, tmp_path / "damaged", change))
+    assert "config.json" in str(error.value)
+
+
+def test_a_memory_that_is_switched_off_is_empty(tiny: Tiny, tmp_path: Path) -> None:
+    assert load_trained(tiny.directory).memory.written.any()
+    off = load_trained(damaged(tiny.directory, tmp_path / "off", lambda told: told | {"use_memory": False}))
+    slots, width = tiny.memory.keys.shape
+    empty = MemoryState.empty(slots, width).tensors()
+    assert all(torch.equal(tensor, empty[name]) for name, tensor in off.memory.tensors().items())
 
 
 def test_rows_longer_than_in_training_are_warned_of(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:

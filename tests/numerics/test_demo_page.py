@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,46 +10,22 @@ import pytest
 import torch
 
 from bitmar.config import ConfigError
-from bitmar.engine.progress import Progress
 from bitmar.generation.generate import generate
 from bitmar.generation.sampling import Sampling
-from bitmar.loading import Loaded
-from bitmar.model.bitmar import BitMar
 from shards.record import DataError
-from shards.tokenizer import BOS, EOS, train_tokenizer
-from tests.support.batches import filled_memory, small_model
-from tests.support.runs import VOCABULARY, tiny_config
+from shards.tokenizer import BOS, EOS
+from tests.support.demos import CAPTIONS, WIDTH, image, made
 from tools.demo_page.pairs import Pair, own_vector
 from tools.demo_page.pictures import image_picture, memory_picture, recall_picture, slot_label
 from tools.demo_page.session import Demo, Recalled, SessionMemory, Word
 
-WIDTH = 24  # of the vectors
-CAPTIONS = ("a dog by the sea", "two cats on a red chair", "a man rides a horse")
 FEW = Sampling(max_tokens=6)
 DRAWN = Sampling(max_tokens=9, temperature=1.2, top_p=0.9, seed=3)
-
-
-def made(folder: Path, **changes: object) -> Demo:
-    """A model that was not trained, with gates open."""
-    torch.manual_seed(3)
-    config = tiny_config(folder, folder / "shards", folder, "run")
-    model = BitMar(small_model(vocab_size=VOCABULARY, memory_size=7, **changes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + 0.5 * torch.rand(parameter.shape)).add_(0.05 * torch.randn(parameter.shape))
-        model.memory["reader"].gate.fill_(1.0)  # type: ignore[union-attr]
-    config = dataclasses.replace(config, model=model.config)
-    (folder / "tokenizer.json").write_text(train_tokenizer([*CAPTIONS] * 3, 300), encoding="utf-8")
-    return Demo(Loaded(model.eval(), filled_memory(model.config), config, Progress("", step=8), folder, folder))
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return made(tmp_path_factory.mktemp("demo"))
-
-
-def image(number: int) -> torch.Tensor:
-    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(number))
 
 
 @pytest.mark.parametrize("sampling", [FEW, DRAWN], ids=["greedy", "drawn"])

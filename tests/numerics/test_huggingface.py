@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitmar.batch import Batch
 from bitmar.loading import load_trained
@@ -127,6 +129,50 @@ def test_the_side_of_the_padding_does_not_matter(case: Case) -> None:
     for shaped in (causal, causal[:, None], causal.bool()):
         found = case.logits(tokens, attention_mask=shaped)
         torch.testing.assert_close(found[inside], padded[inside], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float32).min, -1e4])
+def test_masks_that_are_added_to_scores(case: Case, least: float) -> None:
+    tokens, mask = prompts()
+    expected = case.logits(tokens, attention_mask=mask)
+    looks = mask[:, None].repeat(1, tokens.shape[1], 1).tril()[:, None].bool()
+    added = torch.zeros(looks.shape).masked_fill(~looks, least)
+    inside = mask.bool()
+    for given in (added, torch.zeros(mask.shape).masked_fill(~inside, least), mask.float()):
+        found = case.logits(tokens, attention_mask=given)
+        torch.testing.assert_close(found[inside], expected[inside], rtol=0, atol=1e-5)
+    everybody = torch.zeros(4, 1, *2 * tokens.shape[1:])
+    torch.testing.assert_close(case.logits(tokens, attention_mask=everybody), case.logits(tokens), rtol=0, atol=1e-5)
+    for wrong in (added - 1, 2 * looks.float() - 1):
+        with pytest.raises(ValueError, match="neither yes nor no"):
+            case.logits(tokens, attention_mask=wrong)
+
+
+class NoFp64(TorchDispatchMode):
+    """A device without fp64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for part in found if isinstance(found, tuple | list) else (found,):
+            assert not isinstance(part, Tensor) or part.dtype != torch.float64, f"{func} gives fp64"
+        return found
+
+
+def test_a_device_without_fp64_computes_in_fp32(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = caption_batch(rows=4)
+    known = {"attention_mask": batch.token_mask.long(), "vision_vectors": batch.vision}
+    layers = sys.modules[type(case.exported).__module__.replace("modeling", "layers")]
+    with pytest.raises(AssertionError, match="gives fp64"), NoFp64():
+        case.logits(batch.tokens, **known)
+    monkeypatch.setattr(layers, "WITHOUT_FP64", {"cpu"})
+    with NoFp64():
+        found = case.logits(batch.tokens, **known)
+    monkeypatch.undo()
+    exact = transformers.AutoModelForCausalLM.from_pretrained(
+        case.directory, trust_remote_code=True, inference_dtype="float32"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(found, exact(batch.tokens, **known).logits, rtol=0, atol=1e-5)
 
 
 def test_a_later_token_changes_nothing_before_it(case: Case) -> None:
@@ -255,8 +301,40 @@ def test_what_does_not_fit_is_told(case: Case) -> None:
         ({"vision_vectors": torch.zeros(3, 24)}, r"\[3, 24\]; \[4, 24\] would do"),
         ({"vision_vectors": torch.zeros(4, 24), "pixel_values": torch.zeros(4, 3, 8, 8)}, "either vision_vectors or"),
         ({"attention_mask": torch.ones(4, 5)}, "covers 5 positions; 9 would do"),
+        ({"vision_vectors": torch.zeros(4, 24), "has_vision": torch.ones(1)}, r"\[1\]; \[4\] would do"),
     ):
         with pytest.raises(ValueError, match=words):
             case.logits(tokens, **known)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         case.exported()
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=rf"\[{rows}, 24\]; \[4, 24\] would do"):
+            case.exported.generate(tokens, vision_vectors=torch.zeros(rows, 24), max_new_tokens=2)
+    with pytest.raises(ValueError, match="either vision_vectors or pixel_values"):
+        case.exported.generate(tokens, vision_vectors=torch.zeros(4, 24), pixel_values=torch.zeros(4, 3, 8, 8))
+
+
+def test_a_keyword_that_is_misspelt_is_told(case: Case) -> None:
+    tokens, mask = prompts()
+    base = transformers.AutoModel.from_pretrained(case.directory, trust_remote_code=True)
+    for model in (case.exported, base):
+        with pytest.raises(TypeError, match="forward knows no vision_vector, pixels"):
+            model(tokens, vision_vector=torch.zeros(4, 24), pixels=1)
+        passed = {"cache_position": torch.arange(9), "token_type_ids": mask, "output_attentions": False, "other": None}
+        model(tokens, **passed)  # as versions of transformers do
+    with pytest.raises(ValueError, match="vision_vector"):
+        case.exported.generate(tokens, vision_vector=torch.zeros(4, 24), max_new_tokens=2)
+
+
+def test_the_trainer_of_transformers(case: Case, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = transformers.AutoModelForCausalLM.from_pretrained(case.directory, trust_remote_code=True)
+    row = {"input_ids": list(range(3, 12)), "attention_mask": [1] * 9, "labels": list(range(3, 12)), "id": 7}
+    rows: Any = [row | {"vision_vectors": [0.5] * 24}] * 8
+    settings = transformers.TrainingArguments(
+        str(tmp_path), max_steps=6, per_device_train_batch_size=4, report_to=[], use_cpu=True, learning_rate=3e-3
+    )
+    trainer = transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before

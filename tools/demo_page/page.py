@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
-from typing import Any
-
-# before gradio is imported: nothing is asked or told over the network
-os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+from typing import Any, TypeVar
 
 import gradio as gr
+from gradio.themes import Default
 
 from bitmar.generation.sampling import Sampling
 from bitmar.observability.drawing import shortened
@@ -22,7 +20,13 @@ from tools.demo_page.session import Demo, Recalled, SessionMemory, Word
 
 HELD_OUT, OWN, NONE = "held-out pair", "own vector", "none"
 MEAN = "mean over heads and layers"
+NO_HEAD = "No head is chosen: choose one, or the mean."
+T = TypeVar("T")
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+SEEDS = 1 << 31  # how many there are
+# of every listener: answers come at once, and no two are made at the same time, as neither the tokenizer's memory of
+# words nor matplotlib's settings stand it
+LISTENER: dict[str, Any] = {"show_progress": "hidden", "concurrency_id": "model", "concurrency_limit": 1}
 _LETTERS = 90  # of a caption in the list of pairs
 _HOUR_S = 3600  # after which a session that was left is forgotten, and its uploads removed
 
@@ -43,9 +47,8 @@ class Page:
         if source == NONE:
             return None
         if source == HELD_OUT:
-            return self._pairs[number or 0]
-        if file is None:
-            raise gr.Error("No file: give a .npy of one image vector.", print_exception=False)
+            return self._pairs[given(number, "No pair is chosen: choose one by its caption, or no image.")]
+        file = given(file, "No file: give a .npy of one image vector.")
         return own_vector(Path(file), self._demo.config.vision_encoder_dim)
 
     def generate(
@@ -54,17 +57,20 @@ class Page:
         number: int | None,
         file: str | None,
         prompt: str,
-        temperature: float,
-        top_p: float,
-        seed: float,
+        temperature: float | None,
+        top_p: float | None,
+        seed: int | None,
         remembers: bool,
         memory: SessionMemory,
-        head: str,
+        head: str | None,
     ) -> Iterator[tuple[Any, ...]]:
         """Caption (token by token), the picture of the image, that of the memory, the words."""
-        with told():
-            pair = self.chosen(source, number, file)
-            sampling = Sampling(None, temperature, None, top_p if temperature > 0 else 1.0, seed=int(seed))
+        with mistakes_shown():
+            pair, head = self.chosen(source, number, file), given(head, NO_HEAD)
+            heat = given(temperature, "The temperature is empty: give a number from 0 to 2.")
+            nucleus = given(top_p, "Top-p is empty: give a number up to 1.") if heat > 0 else 1.0
+            seed = given(seed, f"The seed is empty: give a whole number from 0 to {SEEDS - 1}.")
+            sampling = Sampling(None, heat, None, nucleus, seed=seed)
             used = memory if remembers else self._demo.empty_memory()
             words: list[Word] = []
             for word in self._demo.write(used, None if pair is None else pair.vector, prompt, sampling):
@@ -73,18 +79,18 @@ class Page:
             episodes = memory.episodes if remembers else {}
             yield self._caption(words), *self._pictures(words, head, episodes), words
 
-    def redraw(self, head: str, words: list[Word]) -> str:
+    def redraw(self, head: str | None, words: list[Word]) -> str:
         """The picture of the image for another head."""
-        return picture(image_picture(words, self._heads[head]), "attention to the image") if words else ""
+        place = self._heads[given(head, NO_HEAD)]
+        return picture(image_picture(words, place), "attention to the image") if words else ""
 
     def remember(
         self, source: str, number: int | None, file: str | None, caption: str, memory: SessionMemory
     ) -> tuple[SessionMemory, str, str]:
         """The memory with the pair in it, what is told of it, and the message."""
-        with told():
+        with mistakes_shown():
             pair = self.chosen(source, number, file)
-            if pair is None:
-                raise gr.Error("An episode is an image with its caption: choose an image.", print_exception=False)
+            pair = given(pair, "An episode is an image with its caption: choose an image.")
             memory, slot = self._demo.remember(memory, pair.vector, caption, pair.key)
             blended = ", blended into the episode of this image that it held" if memory.episodes[slot].blended else ""
             message = f"Written to <b>slot {slot}</b>{blended}: “{escape(caption)}”"
@@ -94,10 +100,9 @@ class Page:
         self, source: str, number: int | None, file: str | None, remembers: bool, memory: SessionMemory
     ) -> tuple[str, str, str]:
         """What the memory hands back, its picture, and the caption that is written by it alone."""
-        with told():
+        with mistakes_shown():
             pair = self.chosen(source, number, file)
-            if pair is None:
-                raise gr.Error("The image alone is to ask the memory: choose an image.", print_exception=False)
+            pair = given(pair, "The image alone is to ask the memory: choose an image.")
             used = memory if remembers else self._demo.empty_memory()
             recalled = self._demo.recall(used, pair.vector)
             words = list(self._demo.write(used, pair.vector, "", Sampling(), by_image=True))
@@ -117,9 +122,9 @@ class Page:
 
     def pair_card(self, source: str, number: int | None) -> tuple[str, str]:
         """What is told of a held-out pair, and its caption for an episode."""
-        if source != HELD_OUT:
+        if source != HELD_OUT or number is None:
             return "", ""
-        pair = self._pairs[number or 0]
+        pair = self._pairs[number]
         return f"<p>“{escape(pair.caption)}”</p><small>pair {escape(pair.key)}</small>", pair.caption
 
     def _caption(self, words: Sequence[Word], goes_on: bool = False) -> str:
@@ -164,7 +169,9 @@ class Page:
                         )
                         top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="with a temperature")
                     with gr.Row():
-                        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=1 << 31, min_width=90)
+                        seed = gr.Number(
+                            0, label="Seed", precision=0, minimum=0, maximum=SEEDS - 1, min_width=90, elem_id="seed"
+                        )
                         remembers = gr.Checkbox(True, label="Read the memory", elem_id="memory", min_width=150)
                     start = gr.Button("Write a caption", variant="primary", elem_id="generate")
                 with gr.Column(scale=9, min_width=560), gr.Tabs():
@@ -179,18 +186,17 @@ class Page:
                     with gr.Tab("Memory: write and recall", id="episodes"):
                         parts = self._memory_parts(memory)
             chosen = [source, number, file]
-            calm: dict[str, Any] = {"show_progress": "hidden"}  # answers come at once
             for component in (source, number):
-                component.change(self.pair_card, [source, number], [card, parts["caption"]], **calm)
+                component.change(self.pair_card, [source, number], [card, parts["caption"]], **LISTENER)
             settings = [*chosen, prompt, temperature, top_p, seed, remembers, memory, head]
-            gr.on([start.click, prompt.submit], self.generate, settings, [written, image, slots, words], **calm)
-            head.input(self.redraw, [head, words], image, **calm)
+            gr.on([start.click, prompt.submit], self.generate, settings, [written, image, slots, words], **LISTENER)
+            head.input(self.redraw, [head, words], image, **LISTENER)
             told_of = [memory, parts["table"], parts["message"]]
             answers = [parts[name] for name in ("answer", "picture", "recalled")]
-            parts["write"].click(self.remember, [*chosen, parts["caption"], memory], told_of, **calm)
-            parts["recall"].click(self.recall, [*chosen, remembers, memory], answers, **calm)
+            parts["write"].click(self.remember, [*chosen, parts["caption"], memory], told_of, **LISTENER)
+            parts["recall"].click(self.recall, [*chosen, remembers, memory], answers, **LISTENER)
             for name, made in (("reset", demo.memory_at_start), ("empty", demo.empty_memory)):
-                parts[name].click(lambda made=made: self._anew(made()), None, [*told_of, *answers], **calm)
+                parts[name].click(lambda made=made: self._anew(made()), None, [*told_of, *answers], **LISTENER)
         return page
 
     def _anew(self, memory: SessionMemory) -> tuple[Any, ...]:
@@ -218,7 +224,7 @@ class Page:
             lambda source: [gr.update(visible=source == HELD_OUT)] * 2 + [gr.update(visible=source == OWN)],
             source,
             [number, card, file],
-            show_progress="hidden",
+            **LISTENER,
         )
         return source, number, file, card
 
@@ -245,27 +251,30 @@ class Page:
         return parts
 
 
-class told:
-    """Shows a person's mistake on the page, in a line."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: object) -> None:
-        if isinstance(error, ValueError | OSError | EOFError):
-            raise gr.Error(escape(" ".join(str(error).split())), print_exception=False) from None
+@contextmanager
+def mistakes_shown() -> Iterator[None]:
+    """A person's mistake comes up on the page, in a line."""
+    try:
+        yield
+    except (ValueError, OSError, EOFError) as error:
+        raise gr.Error(escape(" ".join(str(error).split())), print_exception=False) from None
 
 
-def picture(url: str, told: str) -> str:
-    return f'<img src="{url}" alt="{told}">'
+def given(value: T | None, complaint: str) -> T:
+    """What a field holds; the complaint comes up on the page where it is empty."""
+    if value is None:
+        raise gr.Error(complaint, print_exception=False)
+    return value
 
 
-def show(page: gr.Blocks, port: int) -> str:
-    """Serve the page on the loopback interface, from threads of its own; gives its address."""
-    for name in ("no_proxy", "NO_PROXY"):  # gradio asks itself whether it is there
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
+def picture(url: str, shows: str) -> str:
+    return f'<img src="{url}" alt="{shows}">'
+
+
+def show(page: gr.Blocks, host: str, port: int) -> str:
+    """Serve the page, from threads of its own; gives its address."""
     _, address, _ = page.launch(
-        server_name="127.0.0.1",
+        server_name=host,
         server_port=port,
         share=False,
         quiet=True,
@@ -276,7 +285,7 @@ def show(page: gr.Blocks, port: int) -> str:
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        theme=Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css=STYLE,
     )
     return address

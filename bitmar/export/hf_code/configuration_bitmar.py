@@ -40,7 +40,8 @@ class BitMarConfig(PretrainedConfig):
     pixel_values into vectors, loaded only when images come. vision_feature: which of its outputs is the vector;
     pooler_output is DINOv2's CLS token behind the last norm. inference_dtype: in which attention and the memory's read
     are computed at inference; float32 gives the trainer's numbers to the bit, float64 the same with a cache, in a batch
-    or padded as without. run_name, step, words: where the weights come from.
+    or padded as without (on MPS, which has no float64, float32 in any case). run_name, step, words: where the weights
+    come from.
     """
 
     model_type = "bitmar"

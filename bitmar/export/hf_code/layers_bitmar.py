@@ -2,7 +2,8 @@
 
 The same arithmetic as in training. At inference attention, the memory's read, and linear maps that are not rounded are
 computed in fp64: an 8-bit activation turns a difference of 1e-7, which the order of a sum makes, into one of 1/127,
-and a cached, batched or padded pass would not give what a plain one does.
+and a cached, batched or padded pass would not give what a plain one does. Devices without fp64 (Apple's MPS) compute in
+fp32 throughout.
 
 Shapes: B rows, T text positions, S source positions, D width, H heads, E = D / H, K memory slots, C episode width.
 """
@@ -22,6 +23,12 @@ from .configuration_bitmar import BitMarConfig
 EPS = 1e-5
 LEVELS = 127.0  # largest 8-bit activation
 RIDGE = 1e-3  # of the pseudo-inverse, for keys of unit length
+WITHOUT_FP64 = {"mps"}  # types of devices
+
+
+def finest(x: Tensor) -> torch.dtype:
+    """fp64 where the tensor's device has it."""
+    return torch.float32 if x.device.type in WITHOUT_FP64 else torch.float64
 
 
 class Precise(nn.Module):
@@ -29,9 +36,9 @@ class Precise(nn.Module):
 
     inference_dtype = torch.float64
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.training else self.inference_dtype
+    def dtype(self, x: Tensor) -> torch.dtype:
+        """For what comes of `x`."""
+        return torch.float32 if self.training or x.device.type in WITHOUT_FP64 else self.inference_dtype
 
 
 class _Rounded(torch.autograd.Function):
@@ -41,7 +48,7 @@ class _Rounded(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, sections: tuple[int, ...], factors: tuple[float, ...]) -> Tensor:
         means = [part.abs().mean(dtype=torch.float32) for part in weight.split(sections)]
         if factors:  # in fp64, so that the product is the whole matrix's gamma to the bit
-            means = [(mean.double() * factor).float() for mean, factor in zip(means, factors, strict=True)]
+            means = [(mean.to(finest(x)) * factor).float() for mean, factor in zip(means, factors, strict=True)]
         scales = [mean.clamp(min=EPS).expand(size, 1) for mean, size in zip(means, sections, strict=True)]
         scale = torch.cat(scales) if len(scales) > 1 else scales[0]
         w_q = (weight / scale).round_().clamp_(-1, 1)
@@ -78,7 +85,8 @@ class BitLinear(Precise):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.quantized:
-            return F.linear(x.to(self.dtype), self.weight.to(self.dtype)).float()
+            dtype = self.dtype(x)
+            return F.linear(x.to(dtype), self.weight.to(dtype)).float()
         flat = x.float().reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             y = _Rounded.apply(flat, self.weight.float(), self.sections, self.factors)
@@ -95,7 +103,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
-        dtype = None if self.of is None else torch.float64
+        dtype = None if self.of is None else finest(x)
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square()
         root = squares.div(self.of or x.shape[-1]).add(EPS).rsqrt().float()
         return x * root * self.weight.float()
@@ -173,7 +181,7 @@ class SelfAttention(Precise):
             if cache is not None:
                 key, value = cache.update(key, value, self.cache_layer)
             allowed, causal = positions.allowed, positions.allowed is None
-        mixed = attend(query, key, value, allowed, causal, self.dtype)
+        mixed = attend(query, key, value, allowed, causal, self.dtype(x))
         return self.output(self.sub_norm(self.heads.join(mixed)))
 
 
@@ -191,7 +199,7 @@ class CrossAttention(Precise):
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
         key, value = (self.heads.split(part) for part in self.key_value(source).chunk(2, dim=-1))
-        mixed = attend(self.heads.split(self.query(x)), key, value, None, False, self.dtype)
+        mixed = attend(self.heads.split(self.query(x)), key, value, None, False, self.dtype(x))
         return self.output(self.sub_norm(self.heads.join(mixed)))
 
 
@@ -260,8 +268,9 @@ class MemoryReader(Precise):
         self.log_sharpness = nn.Parameter(torch.zeros(1)) if self.by_softmax else None
 
     def forward(self, x: Tensor, slots: Slots) -> Tensor:
-        query = F.normalize(self.query(self.query_norm(x)).to(self.dtype), dim=-1)
-        value = self.address(query, slots) @ slots.values.to(self.dtype)
+        dtype = self.dtype(x)
+        query = F.normalize(self.query(self.query_norm(x)).to(dtype), dim=-1)
+        value = self.address(query, slots) @ slots.values.to(dtype)
         return x + torch.tanh(self.gate.float()) * self.output(self.output_norm(value.float()))
 
     def address(self, query: Tensor, slots: Slots) -> Tensor:

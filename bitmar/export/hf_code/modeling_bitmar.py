@@ -24,7 +24,36 @@ OUTPUT_GAIN = 7.0  # logits are multiplied by OUTPUT_GAIN / (TABLE_STD * D)
 # what outputs call the keys and values of earlier positions: `cache` since transformers 5.23 or so
 CACHE = {"cache", "past_key_values"}.intersection(f.name for f in dataclasses.fields(CausalLMOutputWithPast)).pop()
 
+VERY_NEGATIVE = -1e4  # what is added to scores where nobody may look is at most this
+# keywords that transformers and its Trainer may pass, and that change nothing here
+NEUTRAL = {"cache_position", "num_items_in_batch", "output_attentions", "token_type_ids"}
+
 logger = logging.get_logger(__name__)
+
+
+def who_may_look(mask: Tensor) -> Tensor:
+    """bool, from 1 and 0, or from what is added to scores: 0 and very negative numbers. Raises ValueError.
+
+    A mask of floats is of the second kind where it has negative numbers, or is [B, 1, T, S] without positive ones.
+    """
+    if not mask.is_floating_point() or not mask.numel():
+        return mask > 0
+    negative, positive = bool((mask < 0).any()), bool((mask > 0).any())
+    if not negative and (positive or mask.ndim < 4):
+        return mask > 0
+    if not bool(((mask == 0) | (mask <= VERY_NEGATIVE)).all()):
+        raise ValueError(
+            "attention_mask holds numbers below 0 that say neither yes nor no: 1 and 0 would do, or, to be added to "
+            f"scores, 0 and numbers up to {VERY_NEGATIVE:g}"
+        )
+    return mask == 0
+
+
+def refuse_unknown(known: dict[str, Any]) -> None:
+    """Raises TypeError for keywords that are none of a forward pass."""
+    unknown = [name for name, value in known.items() if value is not None and name not in NEUTRAL]
+    if unknown:
+        raise TypeError(f"BitMar's forward knows no {', '.join(unknown)}")
 
 
 class TextEncoder(nn.Module):
@@ -186,6 +215,8 @@ class BitMarModel(BitMarPreTrainedModel):
         width = self.config.bitmar["vision_encoder_dim"]
         if tuple(vectors.shape) != (rows, width):
             raise ValueError(f"images' vectors have shape {list(vectors.shape)}; {[rows, width]} would do")
+        if tuple(has_vision.shape) != (rows,):
+            raise ValueError(f"has_vision has shape {list(has_vision.shape)}; {[rows]} would do")
         return self.vision(vectors.to(self.device), has_vision)
 
     def forward(
@@ -203,14 +234,16 @@ class BitMarModel(BitMarPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: Any = None,
-        **ignored: Any,
+        **others: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """attention_mask: 1 where a token counts, [B, S]; or who may look at whom, [B, T, S] or [B, 1, T, S].
+        """attention_mask: 1 where a token counts, [B, S]; or who may look at whom, [B, T, S] or [B, 1, T, S], also
+        as what is added to scores (0, or the least float).
 
         has_vision: bool [B], which rows have an image (default: all, where images are given). vision_tokens: what
         `vision_tokens()` gave, instead of images. inputs_embeds: rows of the embedding's table. past_key_values or
         cache: of the positions before, by the version of transformers.
         """
+        refuse_unknown(others)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = (self.embedding(input_ids) if inputs_embeds is None else inputs_embeds).float() * (1 / TABLE_STD)
@@ -269,7 +302,7 @@ class BitMarModel(BitMarPreTrainedModel):
         if mask is not None:
             if mask.shape[-1] != past + length:
                 raise ValueError(f"attention_mask covers {mask.shape[-1]} positions; {past + length} would do")
-            mask = mask.to(self.device) > 0
+            mask = who_may_look(mask.to(self.device))
             mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
             numbers = (mask[:, 0].any(-2).long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
             mask = None if mask.shape[-2] == 1 and bool(mask.all()) else mask
@@ -305,7 +338,7 @@ class BitMarForCausalLM(BitMarModel, GenerationMixin):
         return_dict: bool | None = None,
         cache: Any = None,
         logits_to_keep: int | Tensor = 0,
-        **ignored: Any,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """As BitMarModel's. labels: token ids [B, T], -100 where none; the loss is the mean over those that follow a
         position. logits_to_keep: of the last so many positions, 0 for all, or which ones."""
@@ -322,6 +355,7 @@ class BitMarForCausalLM(BitMarModel, GenerationMixin):
             use_cache,
             output_hidden_states,
             cache=cache,
+            **others,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = found.last_hidden_state[:, kept] * (OUTPUT_GAIN / (TABLE_STD * self.config.hidden_size))
@@ -339,9 +373,12 @@ class BitMarForCausalLM(BitMarModel, GenerationMixin):
         """GenerationMixin's; images are looked at once, not at every token."""
         pixels, vectors = known.pop("pixel_values", None), known.pop("vision_vectors", None)
         if pixels is not None:
+            if vectors is not None:
+                raise ValueError("give either vision_vectors or pixel_values")
             vectors = self.image_vectors(pixels)
         if vectors is not None:
-            rows = len(vectors)
+            prompts = (inputs, known.get("input_ids"), known.get("inputs_embeds"))
+            rows = next((len(prompt) for prompt in prompts if prompt is not None), len(vectors))
             seen = known.get("has_vision")
             seen = torch.ones(rows, dtype=torch.bool) if seen is None else seen
             known["has_vision"] = seen.to(self.device, torch.bool)

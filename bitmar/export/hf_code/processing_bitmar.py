@@ -9,6 +9,21 @@ import numpy as np
 from transformers import BatchEncoding, ProcessorMixin
 
 
+def to_bytes(image: np.ndarray) -> np.ndarray:
+    """uint8 [height, width, channels] or [height, width], from floats in [0, 1] or whole numbers up to 255.
+
+    Raises ValueError.
+    """
+    if image.ndim != 2 and not (image.ndim == 3 and image.shape[-1] in (3, 4)):
+        raise ValueError(f"an image has shape {list(image.shape)}; [height, width, 3] would do")
+    most = {"f": 1, "u": 255, "i": 255}.get(image.dtype.kind)
+    if most is None or not ((image >= 0) & (image <= most)).all():
+        raise ValueError(
+            f"an image of {image.dtype} holds what is no colour: whole numbers in 0 to 255 or floats in [0, 1] would do"
+        )
+    return (image * (255 / most)).round().astype(np.uint8)
+
+
 class BitMarProcessor(ProcessorMixin):
     """Texts through the tokenizer, images as DINOv2 was trained to see them.
 
@@ -42,7 +57,8 @@ class BitMarProcessor(ProcessorMixin):
     ) -> BatchEncoding:
         """What the tokenizer gives, and pixel_values fp32 [N, 3, crop, crop] or vision_vectors fp32 [N, V].
 
-        images: one or a list, PIL images or arrays [height, width, 3] of bytes. vision_vectors: [V] or [N, V].
+        images: one or a list, PIL images or arrays [height, width, 3] of bytes or of floats in [0, 1]. vision_vectors:
+        [V] or [N, V].
         """
         if text is None:
             found = BatchEncoding({})
@@ -57,13 +73,13 @@ class BitMarProcessor(ProcessorMixin):
         return BatchEncoding(dict(found) | dict(BatchEncoding(arrays, tensor_type=return_tensors)), found.encodings)
 
     def pixels(self, image: Any) -> np.ndarray:
-        """fp32 [3, crop, crop]"""
+        """fp32 [3, crop, crop]. Raises ValueError for an array that is no image."""
         try:  # transformers asks for a package that is imported elsewhere, even where only text comes
             from PIL import Image
         except ImportError:
             raise ImportError("images need the package pillow; vision_vectors need none") from None
-        if not isinstance(image, Image.Image):
-            image = Image.fromarray(np.asarray(image, np.uint8))
+        if not isinstance(image, Image.Image) or image.mode[0] in "FI":  # modes of floats and of 16 or 32 bits
+            image = Image.fromarray(to_bytes(np.asarray(image)))
         image = image.convert("RGB")
         width, height = image.size
         short, crop = min(width, height), self.crop_size
