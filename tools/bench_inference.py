@@ -206,7 +206,7 @@ def evaluation_row(folder: Path) -> dict[str, Any]:
             "--tasks",
             EVALUATED,
             "--max_samples",
-            str(256 if quick else 1024),
+            str(512),
             "--threads",
             "1",
             "--out",
