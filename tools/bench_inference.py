@@ -38,6 +38,7 @@ TOKENS = 32  # read before memory is measured
 CACHE_BAR, CACHE_TOKENS = 5.0, 128  # times faster with the keys and values of the tokens before
 DECODE_BAR, DECODE_TOKENS = 1.5, 12  # times faster than nn.Linear in fp32, at 700M with one thread
 ROUNDS = 3
+EVALUATED_SAMPLES = 1024  # captions
 RANKS_BAR, EVALUATED = 1.7, "perplexity,retrieval,captioning,distractors,quantization"
 SIDES = ("torch", "fp32", "packed")
 
@@ -193,25 +194,11 @@ def evaluation_row(folder: Path) -> dict[str, Any]:
     with contextlib.redirect_stdout(sys.stderr):
         train(config, join_world())
     leave_world()
-    found = []
+    run, found = folder / "runs" / "evaluated", []
     for size in (1, 2):
         out, port, ranks = folder / f"scores-{size}.json", str(free_port()), []
-        command = [
-            sys.executable,
-            str(ROOT / "tools" / "evaluate.py"),
-            "--checkpoint",
-            str(folder / "runs" / "evaluated"),
-        ]
-        command += [
-            "--tasks",
-            EVALUATED,
-            "--max_samples",
-            str(512),
-            "--threads",
-            "1",
-            "--out",
-            str(out),
-        ]
+        told = {"checkpoint": run, "tasks": EVALUATED, "max_samples": EVALUATED_SAMPLES, "threads": 1, "out": out}
+        command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *(f"--{k}={v}" for k, v in told.items())]
         for rank in map(str, range(size)):
             group = {"RANK": rank, "WORLD_SIZE": str(size), "LOCAL_RANK": rank, "LOCAL_SIZE": str(size)}
             environment = os.environ | group | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -222,7 +209,7 @@ def evaluation_row(folder: Path) -> dict[str, Any]:
         found.append(json.loads(out.read_text(encoding="utf-8")))
     one, two = found
     apart = max(abs(a["value"] - b["value"]) for a, b in zip(one["scores"], two["scores"], strict=True))
-    took = [sum(task["seconds"] for task in told["tasks"].values()) for told in found]
+    took = [sum(task["seconds"] for task in result["tasks"].values()) for result in found]
     return {
         "name": f"evaluation on 2 ranks against 1 (bitmar-14m; {EVALUATED}; largest difference of a score {apart:.0e})",
         "ours": round(took[1], 1),
