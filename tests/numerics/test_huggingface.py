@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitmar.batch import Batch
+from bitmar.generation.incremental import IncrementalReader
 from bitmar.loading import load_trained
 from bitmar.model.bitmar import BitMar
 from bitmar.model.memory import MemoryState
@@ -81,6 +82,16 @@ def test_logits_are_the_trainers(case: Case) -> None:
         # in fp64 a number may fall on the other side of a rounding, which is rare
         worst = (theirs - ours).abs().amax(-1) / ours.abs().max()
         assert float((worst > 1e-6).float().mean()) <= (0.0 if model is exact else 0.05)
+
+
+def test_logits_are_those_of_our_own_generation(case: Case) -> None:
+    """Which has attention and the memory's read in fp64, as an export has by default."""
+    batch = caption_batch(rows=6)
+    reader = IncrementalReader(case.model, case.memory, batch.vision, 6, batch.tokens.shape[1])
+    for place in range(batch.tokens.shape[1]):
+        ours = reader.read(batch.tokens[:, place : place + 1]).logits
+        theirs = case.logits(batch.tokens[:, : place + 1], vision_vectors=batch.vision)[:, -1]
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_of_text(case: Case) -> None:
