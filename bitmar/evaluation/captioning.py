@@ -113,7 +113,7 @@ def has_wordnet() -> bool:
     """Whether nltk finds the WordNet that METEOR looks synonyms up in."""
     try:
         wordnet.ensure_loaded()
-    except LookupError:
+    except (LookupError, OSError):  # OSError: a part of its files
         return False
     return True
 
