@@ -60,7 +60,7 @@ def cadence_rows(bench: Bench) -> Iterator[Row]:
         }
         group = Group(_rank, 2, configs)
         for way, bar, steps, rounds in (
-            ("default", DEFAULT_BAR, 10 if bench.quick else 100, 2 if bench.quick or recipe != "demo" else 5),
+            ("default", DEFAULT_BAR, 10 if bench.quick else 100, 2 if bench.quick or recipe != "demo" else 9),
             ("everything", EVERYTHING_BAR, 5 if bench.quick else 10, 3 if bench.quick else 5),
         ):
             yield _row(bench, group, recipe, way, bar, steps, rounds)
