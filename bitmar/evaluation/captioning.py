@@ -15,6 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -31,6 +32,7 @@ SIGMA = 6.0  # CIDEr-D: how much a caption of another length than the reference 
 SCALE = 10.0
 _WORDS = re.compile(r"[\w']+")
 
+Thesaurus = Any  # whose synsets(word) are the word's, as nltk's WordNet
 Vector = dict[tuple[str, ...], float]
 
 
@@ -118,10 +120,14 @@ def has_wordnet() -> bool:
     return True
 
 
-def meteor(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, "I"]:
+def meteor(
+    captions: Sequence[str], references: Sequence[Sequence[str]], thesaurus: Thesaurus = wordnet
+) -> Float[np.ndarray, "I"]:
     """METEOR with the best reference (Banerjee and Lavie 2005, nltk's constants)."""
-    pairs = zip(captions, references, strict=True)
-    return np.array([meteor_score([words_of(text) for text in texts], words_of(caption)) for caption, texts in pairs])
+    pairs = [
+        (words_of(caption), list(map(words_of, texts))) for caption, texts in zip(captions, references, strict=True)
+    ]
+    return np.array([meteor_score(texts, caption, wordnet=thesaurus) for caption, texts in pairs])
 
 
 def distinct(captions: Sequence[str], order: int) -> float:

@@ -7,7 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from bitmar.evaluation.captioning import bleu, bleu_counts, caption_scores, cider, distinct, has_wordnet, rouge_l
+from bitmar.evaluation.captioning import (
+    bleu,
+    bleu_counts,
+    caption_scores,
+    cider,
+    distinct,
+    has_wordnet,
+    meteor,
+    rouge_l,
+)
 
 
 def bleu_of(captions: list[str], references: list[list[str]]) -> float:
@@ -83,3 +92,18 @@ def test_scores_have_the_chance_of_other_images_captions() -> None:
     assert found["length of references"].value == pytest.approx((6 + 6 + 3 + 5) / 4)
     assert found["distinct-1"].low is None
     assert ("METEOR" in found) == has_wordnet() == (not notes)
+
+
+class NoSynonyms:
+    """A thesaurus without an entry: words then match alike or by their stems."""
+
+    def synsets(self, _: str) -> list[object]:
+        return []
+
+
+def test_meteor_by_hand() -> None:
+    """P and R of matched words; F = P R / (0.9 P + 0.1 R); 1 - 0.5 (chunks / matches)^3 of it; the best reference."""
+    captions = ["The cats sat.", "a dog"]
+    references = [["the cat sat"], ["a cat sat here", "dogs"]]
+    found = meteor(captions, references, NoSynonyms())
+    assert found.tolist() == pytest.approx([1 - 0.5 / 27, 0.5 / (0.9 * 0.5 + 0.1) * 0.5])
