@@ -26,7 +26,7 @@ from bitmar.engine.faults import STOPPED, Guard, Notice, Stopped, TrainingError
 from bitmar.engine.fragments import CheckpointError
 from bitmar.engine.schedule import rates_at
 from bitmar.engine.step import StepResult, train_step
-from bitmar.engine.world import World, is_lost_peer, join_world, leave_world
+from bitmar.engine.world import World, is_lost_peer, join_world, leave_world, report
 from bitmar.evaluating import evaluate, is_evaluation_due
 from bitmar.evaluation.perplexity import validate
 from bitmar.model.bitmar import Outputs
@@ -54,7 +54,6 @@ from shards.record import DataError
 
 USER_ERROR = 2  # exit code of a mistake in recipe, data or checkpoint
 INTERRUPTED = 130
-OTHER_RANK_WAIT_S = 5.0  # rank 0 tells of an error that all ranks meet; a rank that lives on after this tells its own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,12 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"stopped: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         return STOPPED
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
-        report(error)
+        report(str(error))
         return 1 if isinstance(error, TrainingError) else USER_ERROR
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        report(TrainingError("another rank has gone; the same command goes on from the last checkpoint"))
+        report("another rank has gone; the same command goes on from the last checkpoint")
         return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
@@ -92,14 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         guard.close()
         leave_world()
     return 0
-
-
-def report(error: Exception) -> None:
-    """One line on standard error: from rank 0, and from another rank that is the only one to fail."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(OTHER_RANK_WAIT_S)
-    print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Config, bool]:

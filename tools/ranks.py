@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -14,10 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch import Tensor
 
-from bitmar.engine.world import World, is_lost_peer, join_world, leave_world
+from bitmar.engine.world import World, is_lost_peer, join_world, leave_world, report
 
 USER_ERROR = 2
-OTHER_RANK_WAIT_S = 2.0  # rank 0 tells of a mistake; a rank that lives on after this tells its own
 
 T = TypeVar("T")
 
@@ -92,10 +89,3 @@ def on_ranks(work: Callable[[World], None], threads: int | None = None) -> int:
     finally:
         leave_world()
     return 0
-
-
-def report(problem: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(OTHER_RANK_WAIT_S)
-    print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{problem}", file=sys.stderr, flush=True)

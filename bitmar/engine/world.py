@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from bitmar.config import ConfigError
 
+# rank 0 tells of an error that all ranks meet; a rank that lives on after this tells its own
+OTHER_RANK_WAIT_S = 5.0
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 T = TypeVar("T")
@@ -159,3 +163,11 @@ def is_lost_peer(error: RuntimeError) -> bool:
 def leave_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def report(problem: str) -> None:
+    """One line on standard error: from rank 0, and from another rank that is the only one to fail."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(OTHER_RANK_WAIT_S)
+    print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{problem}", file=sys.stderr, flush=True)

@@ -65,7 +65,7 @@ class IncrementalReader:
             vectors = torch.zeros(rows, config.vision_encoder_dim, device=device)
         self._has_vision = has_vision & (not by_image)
         with torch.no_grad():
-            tokens, self.vision_latent = model.vision(vectors, has_vision, False)
+            tokens, _ = model.vision(vectors, has_vision, False)
             self._sees = [_key_value(layer, tokens) for layer in _fusion_layers(model)]
             self._cue = memory_reader(model).query_norm(tokens.mean(1)) if by_image else None
         head_width = config.width // config.heads
@@ -100,7 +100,7 @@ class IncrementalReader:
         self._kept = [(key.index_select(0, rows), value.index_select(0, rows)) for key, value in self._kept]
         self._sees = [(key.index_select(0, rows), value.index_select(0, rows)) for key, value in self._sees]
         self._inside, self._lengths = self._inside[rows], self._lengths[rows]
-        self._has_vision, self.vision_latent = self._has_vision[rows], self.vision_latent[rows]
+        self._has_vision = self._has_vision[rows]
         self._cue = None if self._cue is None else self._cue[rows]
 
     def _through_blocks(self, numbers: range, x: Float[Tensor, "B n D"], piece: _Piece) -> Float[Tensor, "B n D"]:
