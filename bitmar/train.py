@@ -26,7 +26,7 @@ from bitmar.engine.faults import STOPPED, Guard, Notice, Stopped, TrainingError
 from bitmar.engine.fragments import CheckpointError
 from bitmar.engine.schedule import rates_at
 from bitmar.engine.step import StepResult, train_step
-from bitmar.engine.world import World, is_lost_peer, join_world, leave_world, report
+from bitmar.engine.world import World, is_lost_peer, join_world, leave, leave_world, report
 from bitmar.evaluating import evaluate, is_evaluation_due
 from bitmar.evaluation.perplexity import validate
 from bitmar.model.bitmar import Outputs
@@ -317,14 +317,6 @@ def finish(run: Run) -> None:
     temporary = directory / "summary.json.tmp"
     temporary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     temporary.replace(directory / "summary.json")
-
-
-def leave(code: int) -> NoReturn:
-    """End the process without the interpreter's clean-up. All is written and closed by now, and a library's thread that
-    still runs may abort a process that has done its work ("terminate called without an active exception")."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from bitmar.batch import IGNORE, Batch
 from bitmar.config import Config, DataConfig, EngineConfig, ModelConfig, PhaseConfig, TrainingConfig, load_config
 from bitmar.engine.schedule import Rates
 from bitmar.engine.step import train_step
-from bitmar.engine.world import World, join_world, leave_world
+from bitmar.engine.world import World, join_world, leave, leave_world
 from bitmar.engine.zero import ZeroEngine
 from bitmar.model.bitmar import BitMar
 from bitmar.model.memory import MemoryState
@@ -177,4 +177,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

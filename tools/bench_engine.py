@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bitmar.engine.world import leave_world
+from bitmar.engine.world import leave, leave_world
 from tools.bench_groups import read_groups
 from tools.engine_bench.captions import caption_rows
 from tools.engine_bench.checkpoints import checkpoint_rows
@@ -56,4 +56,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

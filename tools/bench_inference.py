@@ -274,4 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from bitmar.engine.world import leave  # not above: a side that is measured imports what it needs
+
+    leave(code)

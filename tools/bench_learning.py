@@ -32,7 +32,7 @@ from bitmar.batch import IGNORE, Batch
 from bitmar.config import Config, DataConfig, EngineConfig, ModelConfig, OptimizerConfig, PhaseConfig, TrainingConfig
 from bitmar.engine.schedule import rates_at
 from bitmar.engine.step import train_step
-from bitmar.engine.world import World, join_world, leave_world
+from bitmar.engine.world import World, join_world, leave, leave_world
 from bitmar.engine.zero import ZeroEngine
 from bitmar.evaluation.perplexity import score
 from bitmar.model.bitmar import BitMar, Outputs
@@ -290,4 +290,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

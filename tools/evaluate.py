@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitmar.config_checks import ConfigError, require
-from bitmar.engine.world import World
+from bitmar.engine.world import World, leave
 from bitmar.evaluation.plots import draw_scores
 from bitmar.evaluation.score_file import ScoreFile, TaskScores
 from bitmar.evaluation.scores import Score, path_of
@@ -163,4 +163,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from bitmar.engine.world import World
+from bitmar.engine.world import World, leave
 from bitmar.evaluation.choices import vqa_scores
 from bitmar.evaluation.likelihood import Choice, by_item
 from bitmar.evaluation.perplexity import empty_memory
@@ -72,4 +72,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from bitmar import train
 from bitmar.assembly import assemble
 from bitmar.config import Config
-from bitmar.engine.world import World, free_port, join_world, leave_world
+from bitmar.engine.world import World, free_port, join_world, leave, leave_world
 from shards.record import DataError
 
 TIMEOUT_S = 300  # of a collective: a guard against hangs, not a measure
@@ -67,3 +67,4 @@ def _rank(
         torch.save(function(world, *arguments), Path(folder) / f"rank{rank}.pt")
     finally:
         leave_world()
+    leave(0)

@@ -17,7 +17,7 @@ from bitmar.config import Config
 from bitmar.engine.progress import Progress
 from bitmar.engine.schedule import rates_at
 from bitmar.engine.step import train_step
-from bitmar.engine.world import World, free_port, join_world, leave_world
+from bitmar.engine.world import World, free_port, join_world, leave, leave_world
 from bitmar.engine.zero import ZeroEngine
 from bitmar.model.memory import MemoryState
 from tools.data_bench.records import ROOT
@@ -109,6 +109,7 @@ def _join(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     main(join_world(threads=1), link, *arguments)
     leave_world()
+    leave(0)
 
 
 def _rank(world: World, link: Connection, config: Config) -> None:
