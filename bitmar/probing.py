@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bitmar.assembly import Run
 from bitmar.batch import Batch
+from bitmar.engine.census import component_of
 from bitmar.model.bitmar import rounded_layers
 from bitmar.observability.features import (
     effective_rank,
@@ -24,12 +25,12 @@ from bitmar.observability.features import (
     source_consistency,
 )
 from bitmar.observability.probes import (
+    RoundingSums,
     asked_positions,
     fill_heads,
     fill_memory,
     first_caption,
     gates_of,
-    rounding_sums,
 )
 from bitmar.observability.schema import LATENTS, title
 from shards.loader import LoaderState
@@ -99,27 +100,26 @@ class RoundingWatch:
     def __init__(self, run: Run, batch: Batch) -> None:
         self._run, self._batch = run, batch
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._components: list[str] = []
-        self._sums: list[Tensor] = []
+        self._layers = rounded_layers(run.engine.module) if run.config.wandb.log_quantization else []
+        self._components = list(dict.fromkeys(component_of(name) for name, _ in self._layers))
+        self._sums = RoundingSums(self._components, run.world.device)
 
     def __enter__(self) -> None:
-        if self._run.config.wandb.log_quantization:
-            for name, module in rounded_layers(self._run.engine.module):
-                self._handles.append(module.register_forward_pre_hook(functools.partial(self._look, name)))
+        for name, module in self._layers:
+            self._handles.append(module.register_forward_pre_hook(functools.partial(self._look, name)))
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        if self._sums:
-            table = torch.stack(self._sums).double()
+        if self._layers:
+            table = self._sums.fold()
             for what, (above, below) in {"Zero": (0, 1), "Error": (2, 3)}.items():
-                names = [f"Quantization/Activation_{what}_{component}" for component in self._components]
+                names = [f"Quantization/Activation_{what}_{title(component)}" for component in self._components]
                 self._run.watch.statistics.add_all(names, table[:, above], table[:, below])
 
     def _look(self, name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         (x,) = inputs
-        self._components.append(title(name.split(".")[0]))
-        self._sums.append(rounding_sums(x, asked_positions(name, x, self._batch)))
+        self._sums.add(component_of(name), x, asked_positions(name, x, self._batch))
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ Symbols: C components (bitmar.config.COMPONENTS), M ternary matrices. All sums a
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -22,7 +24,8 @@ BITS, A_BYTE = 2, 4  # of a ternary value, values in a byte
 _MAGNITUDES = torch.logspace(-10, 2, 49, dtype=torch.float64)  # four bins a decade
 # Between which numbers are counted, the same for all parameters; smaller and larger ones go into the last bins
 HISTOGRAM_EDGES = torch.cat([-_MAGNITUDES.flip(0), _MAGNITUDES])
-CHUNK = 2**20  # numbers that are summed in fp32 before their sum goes on in fp64
+# Numbers that are summed in fp32 before their sum goes on in fp64; what is worked out of them stays in a CPU's cache
+CHUNK = 2**17
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,16 @@ class Watched:
 
     def changed(self, values: Float[Tensor, "N"]) -> Bool[Tensor, "N"] | None:
         """Which differ from those of the last call, which they replace; None at the first."""
-        digits = torch.nn.functional.pad((values + 1).to(torch.uint8), (0, -len(values) % A_BYTE)).view(-1, A_BYTE)
-        shifts = torch.arange(0, BITS * A_BYTE, BITS, dtype=torch.uint8, device=values.device)
-        packed = (digits << shifts).sum(1, dtype=torch.uint8)
+        digits = torch.nn.functional.pad((values + 1).to(torch.uint8), (0, -len(values) % A_BYTE)).view(A_BYTE, -1)
+        shifts = range(0, BITS * A_BYTE, BITS)  # a quarter of the values in each pair of bits
+        packed = digits[0].clone()
+        for quarter, shift in zip(digits[1:], shifts[1:], strict=True):
+            packed |= quarter << shift
         before, self.packed = self.packed, packed
         if len(before) != len(packed):
             return None
-        return (((before ^ packed)[:, None] >> shifts) & 3).bool().view(-1)[: len(values)]
+        differing = before ^ packed
+        return torch.cat([(differing >> shift) & 3 for shift in shifts]).bool()[: len(values)]
 
 
 def matrices_of(model: BitMar) -> list[Matrix]:
@@ -84,25 +90,23 @@ def scales_of(model: BitMar, device: torch.device) -> Float[Tensor, "M"]:
     """gamma of each matrix: what the last forward pass kept, or of the weights as they are."""
     found = []
     for _, module in rounded_layers(model):
-        kept = module.scale if module.keeps_scale else module.section_scales()
-        assert kept is not None, "a forward pass has left its scales behind"
-        found.append(kept)
-    return torch.cat(found) if found else torch.zeros(0, device=device)
+        found += module.scales if module.keeps_scales else module.section_scales().unbind()
+    return torch.stack(found) if found else torch.zeros(0, device=device)
 
 
 def gradient_sums(pieces: Iterable[Fragment], device: torch.device) -> tuple[Tensor, Tensor]:
     """(Census.gradients, Census.sizes) of fragments whose tensor is "gradient"."""
-    rows, owners, sizes = list[Tensor](), list[int](), torch.zeros(len(COMPONENTS), dtype=torch.float64)
+    numbers, owners, sizes = list[Tensor](), list[int](), torch.zeros(len(COMPONENTS), dtype=torch.float64)
     for piece in pieces:
         whole, owner = piece.tensors["gradient"], _row_of(piece.name)
         sizes[owner] += len(whole)
         for g in whole.split(CHUNK):
-            least, most = torch.aminmax(g)
-            rows.append(torch.stack([g.sum(), torch.dot(g, g), torch.maximum(most, -least), _nonfinite(g)]))
+            total, largest = g.sum(), torch.maximum(g.amax(), -g.amin())  # torch.aminmax takes longer on a CPU
+            numbers += [total, torch.dot(g, g), largest, _nonfinite(g, total)]
             owners.append(owner)
     out = torch.zeros(len(COMPONENTS), 4, dtype=torch.float64, device=device)
-    if rows:
-        table, of = torch.stack(rows).to(device, torch.float64), torch.tensor(owners, device=device)
+    if owners:
+        table, of = _table(numbers, 4, device), torch.tensor(owners, device=device)
         largest = out[:, 2].scatter_reduce(0, of, table[:, 2], "amax")  # hands NaN on
         out.index_add_(0, of, table)
         out[:, 2] = largest
@@ -121,9 +125,9 @@ def histograms(pieces: Iterable[Fragment], kind: str, device: torch.device) -> F
     return out
 
 
-def _nonfinite(g: Tensor) -> Tensor:
-    """How many numbers are NaN or infinite, as one of g's type. Looked for on a CPU only where a sum tells of any."""
-    if g.device.type == "cpu" and g.sum().isfinite():
+def _nonfinite(g: Tensor, total: Tensor) -> Tensor:
+    """How many numbers are NaN or infinite, as one of g's type. A CPU looks for them where their sum tells of any."""
+    if g.device.type == "cpu" and math.isfinite(total):
         return g.new_zeros(())
     return (~g.isfinite()).sum().to(g.dtype)
 
@@ -141,21 +145,26 @@ def update_sums(
     rates: parameter -> (learning rate, weight decay). What a step has changed is rate x (m / (sqrt(v) + eps) + decay x
     weight before), and the weight before is (weight after + rate x m / (sqrt(v) + eps)) / (1 - rate x decay).
     """
-    rows, owners = list[Tensor](), list[int]()
+    numbers, factors, owners = list[Tensor](), list[tuple[float, ...]](), list[int]()
+    scratch = _Scratch()
+    mean_factor, root_factor = 1 / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
     for piece in pieces:
         rate, decay = rates[piece.name]
+        pull = rate * decay / (1 - rate * decay)
+        of_quotient = rate * mean_factor / root_factor * (1 + pull)
         kinds = (piece.tensors[kind].split(CHUNK) for kind in ("model", "exp_avg", "exp_avg_sq"))
         for weight, mean, square in zip(*kinds, strict=True):
-            divisor = square.sqrt().mul_((1 - betas[1] ** step) ** -0.5).add_(eps)
-            change = torch.div(mean, divisor, out=divisor).mul_(rate / (1 - betas[0] ** step))
-            if decay:
-                pull = rate * decay / (1 - rate * decay)
-                change.mul_(1 + pull).add_(weight, alpha=pull)
-            rows.append(torch.stack([torch.dot(change, change), torch.dot(weight, weight)]))
+            quotient = torch.sqrt(square, out=scratch.like(square)).add_(eps / root_factor)
+            torch.div(mean, quotient, out=quotient)  # the change: of_quotient times this, and pull times the weight
+            numbers += [torch.dot(quotient, quotient), torch.dot(quotient, weight), torch.dot(weight, weight)]
+            factors.append((of_quotient**2, 2 * of_quotient * pull, pull**2))
             owners.append(_row_of(piece.name))
     out = torch.zeros(len(COMPONENTS), 2, dtype=torch.float64, device=device)
-    if rows:
-        out.index_add_(0, torch.tensor(owners, device=device), torch.stack(rows).to(device, torch.float64))
+    if owners:
+        table = _table(numbers, 3, device)
+        changes = (table * torch.tensor(factors, dtype=torch.float64, device=device)).sum(1)
+        found = torch.stack([changes, table[:, 2]], dim=1)
+        out.index_add_(0, torch.tensor(owners, device=device), found)
     return out
 
 
@@ -167,40 +176,64 @@ def ternary_sums(
     by_parameter: dict[str, list[int]] = {}
     for at, matrix in enumerate(matrices):
         by_parameter.setdefault(matrix.parameter, []).append(at)
-    rows, owners = list[Tensor](), list[int]()
+    numbers, owners, sizes = list[Tensor](), list[int](), list[int]()
     seen, of_seen = list[Tensor](), list[int]()
+    scratch = _Scratch()
     for piece in pieces:
         for at in by_parameter.get(piece.name, ()):
-            first, values = _ternary(piece, matrices[at], scales[at])
-            if not len(values):
+            first, held = _held(piece, matrices[at])
+            if not len(held):
                 continue
-            for part in values.split(CHUNK):  # whole numbers below 2^24: exact
-                filled = torch.dot(part, part)
-                rows.append(torch.stack([filled.new_tensor(len(part)), len(part) - filled, (filled + part.sum()) / 2]))
+            scale = scales[at].to(held.device)
+            for part in held.split(CHUNK):  # a multiple of SAMPLE
+                values = torch.div(part, scale, out=scratch.like(part)).round_().clamp_(-1, 1)
+                numbers += [torch.dot(values, values), values.sum()]  # whole numbers below 2^24: exact
                 owners.append(at)
-            seen.append(values[-first % SAMPLE :: SAMPLE])
-            of_seen.append(_row_of(piece.name))
+                sizes.append(len(part))
+                seen.append(values[-first % SAMPLE :: SAMPLE].clone())
+                of_seen.append(_row_of(piece.name))
     ternary = torch.zeros(len(matrices), 3, dtype=torch.float64, device=device)
     flips = torch.zeros(len(COMPONENTS), 2, dtype=torch.float64, device=device)
-    if not rows:
+    if not owners:
         return ternary, flips
-    table, of = torch.stack(rows).to(device, torch.float64), torch.tensor(owners, device=device)
-    ternary.index_add_(0, of, table)
+    filled, total = _table(numbers, 2, device).unbind(1)
+    counted = torch.tensor(sizes, dtype=torch.float64, device=device)
+    found = torch.stack([counted, counted - filled, (filled + total) / 2], dim=1)
+    ternary.index_add_(0, torch.tensor(owners, device=device), found)
     changed = watched.changed(torch.cat(seen))
     if changed is not None:
-        sizes = [len(part) for part in seen]
-        found = torch.stack([part.sum() for part in changed.split(sizes)])
-        counts = torch.stack([found, found.new_tensor(sizes)], dim=1).to(device, torch.float64)
-        flips.index_add_(0, torch.tensor(of_seen, device=device), counts)
+        begin = 0
+        for row, run in itertools.groupby(zip(of_seen, seen, strict=True), key=lambda pair: pair[0]):
+            end = begin + sum(len(part) for _, part in run)
+            flips[row, 0] += changed[begin:end].sum().to(device)
+            flips[row, 1] += end - begin
+            begin = end
     return ternary, flips
 
 
-def _ternary(piece: Fragment, matrix: Matrix, scale: Tensor) -> tuple[int, Tensor]:
-    """(where it begins in the matrix, ternary values) of what a fragment holds of a matrix, which may be nothing."""
+def _held(piece: Fragment, matrix: Matrix) -> tuple[int, Tensor]:
+    """(where it begins in the matrix, numbers) of what a fragment holds of a matrix, which may be nothing."""
     weight = piece.tensors["model"]
     start, stop = max(piece.start, matrix.start), min(piece.start + len(weight), matrix.stop)
-    held = weight[start - piece.start : max(start, stop) - piece.start]
-    return start - matrix.start, (held / scale.to(held.device)).round_().clamp_(-1, 1)
+    return start - matrix.start, weight[start - piece.start : max(start, stop) - piece.start]
+
+
+def _table(numbers: list[Tensor], columns: int, device: torch.device) -> Tensor:
+    """0-d tensors as a table, fp64."""
+    return torch.stack(numbers).to(device, torch.float64).view(-1, columns)
+
+
+class _Scratch:
+    """Memory that is written over again and again, so that it stays in the cache."""
+
+    def __init__(self) -> None:
+        self._held: Tensor | None = None
+
+    def like(self, part: Tensor) -> Tensor:
+        """As long as `part`, which has at most CHUNK numbers."""
+        if self._held is None:
+            self._held = part.new_empty(CHUNK)
+        return self._held[: len(part)]
 
 
 def component_of(parameter: str) -> str:

@@ -43,10 +43,9 @@ from bitmar.engine.fragments import KINDS, Fragment
 from bitmar.engine.schedule import Rates
 from bitmar.engine.world import World
 from bitmar.model.attention import SelfAttention, attend
-from bitmar.model.bitmar import BitMar, Outputs, component_parameters
+from bitmar.model.bitmar import BitMar, Outputs, component_parameters, rounded_layers
 from bitmar.model.blocks import Block
 from bitmar.model.memory import MemoryState
-from bitmar.model.quantize import BitLinear
 
 # (kind, parameter, first number, end) -> those numbers, fp32 on the CPU
 ReadPiece = Callable[[str, str, int, int], Tensor]
@@ -89,6 +88,10 @@ class ZeroEngine:
         self._adamw = config.optimizer
         self._parameters: list[tuple[str, Any]] = list(model.named_parameters())
         self._by_name = dict(self._parameters)
+        layers = [layer for _, layer in rounded_layers(model)]
+        # a compiled block would be compiled again for what it finds; under ZeRO-3 no rank holds weights between passes
+        self._keeping = [] if config.engine.compile else layers
+        self._sharing = [] if self.stage == 3 else self._keeping
         self._hook_gradients(model)
         groups = _optimizer_groups(model)
         optimizer = torch.optim.AdamW(
@@ -140,9 +143,12 @@ class ZeroEngine:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Forward passes in here are of the model as it is in evaluation, and no gradient is worked out for a weight;
-        compiled blocks run as they are written."""
+        compiled blocks run as they are written. What they have rounded of the weights serves those in here that follow,
+        and the next step's first one."""
         asked = [p.requires_grad for _, p in self._parameters]
         self.train(False)
+        for layer in self._sharing:
+            layer.shares = True
         for _, p in self._parameters:
             p.requires_grad_(False)
         try:
@@ -151,17 +157,23 @@ class ZeroEngine:
         finally:
             for (_, p), required in zip(self._parameters, asked, strict=True):
                 p.requires_grad_(required)
+            for layer in self._sharing:
+                layer.shares = False
             self.train(True)
 
+    def _drop_shared(self) -> None:
+        """Weights change: what was rounded of them is no more. A layer that no pass has used still has it."""
+        for layer in self._sharing:
+            layer.left = None
+
     def keep_scales(self, on: bool) -> None:
-        """Under ZeRO-3, where no rank holds the weights between passes, have forward passes keep their gammas, for a
-        census at the end of the step."""
-        for module in self.module.modules() if self.stage == 3 else ():
-            if isinstance(module, BitLinear):
-                module.keeps_scale = on
+        """Have forward passes keep their gammas for a census at the end of the step."""
+        for layer in self._keeping:
+            layer.keeps_scales = on
 
     def train(self, mode: bool = True) -> None:
-        self._engine.train(mode)
+        """BitMar asks itself alone whether it trains, and to tell every module would take a millisecond."""
+        self._engine.training = self.module.training = mode
 
     def set_rates(self, rates: Rates, trained: tuple[str, ...]) -> None:
         """Set rate and decay; components outside `trained` get rate, decay and gradient 0: bit-identical after."""
@@ -188,6 +200,8 @@ class ZeroEngine:
         boundary = self._engine.is_gradient_accumulation_boundary()
         counted = weights = scales = None
         told: tuple[Tensor | None, Tensor | None] = (None, None)
+        if boundary:
+            self._drop_shared()
         if boundary and census:
             device = self.world.device
             counted = gradient_sums(self._gradients(), device)
@@ -254,6 +268,7 @@ class ZeroEngine:
     def load(self, read: ReadPiece, adam_step: int) -> None:
         """Set weights, moments and the optimiser's step, each rank reading its own part. A collective."""
         self.watched = Watched()  # of weights that are no more
+        self._drop_shared()
         if self.stage == 3:
             self._optimizer._partition_all_parameters()
         for fragment in self._pieces((0, sys.maxsize), changed=True):

@@ -57,15 +57,16 @@ class _TokenLosses(torch.autograd.Function):
         grad_weight = (torch.empty_like if len(hidden) else torch.zeros_like)(weight) if table_wanted else None
         with torch.autocast(hidden.device.type, enabled=False):
             rows, table = hidden.to(dtype), weight.to(dtype)
-            size = _block(len(hidden), weight, 2 if entropy else 1)
+            by_logits = entropy and (grad_hidden is None or dtype != torch.float32)
+            size = _block(len(hidden), weight, 2 if by_logits else 1)
             buffer = hidden.new_empty(size, len(weight), dtype=dtype)
             for block in _blocks(len(hidden), size):
                 logits = torch.mm(rows[block], table.T, out=buffer[: len(rows[block])]).float()
                 largest, own = logits.amax(1, keepdim=True), logits.gather(1, at[block])
-                share = torch.softmax(logits, 1) if entropy else torch.softmax(logits, 1, out=logits)
+                share = torch.softmax(logits, 1) if by_logits else torch.softmax(logits, 1, out=logits)
                 log_total = largest - share.amax(1, keepdim=True).log()
                 each[block] = (log_total - own)[:, 0]
-                if entropy:  # ln Z - sum of p x logit
+                if by_logits:  # ln Z - sum of p x logit
                     entropies += ((log_total[:, 0] - torch.linalg.vecdot(share, logits)) * counted[block]).sum()
                 hits[block] = (own == largest)[:, 0]
                 if grad_hidden is not None:
@@ -84,6 +85,8 @@ class _TokenLosses(torch.autograd.Function):
             if grad_hidden is not None:
                 ctx.save_for_backward(grad_hidden.mul_(counted[:, None]), grad_weight)
         each.masked_fill_(~counted, 0.0)
+        if entropy and not by_logits:  # sum of p x logit = h W^T p, and the gradient is W^T p less the target's row
+            entropies += (each - torch.linalg.vecdot(grad_hidden, hidden)).clamp(min=0).sum(dtype=torch.float64)
         hits &= counted
         entropies = entropies.float()
         ctx.mark_non_differentiable(each, hits, entropies)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,35 +76,69 @@ def drawn(*shape: int, std: float) -> nn.Parameter:
     return nn.Parameter(empty if empty.is_meta else empty.normal_(std=std))
 
 
+class Rounded(NamedTuple):
+    """A weight as forward passes multiply by it."""
+
+    values: Float[Tensor, "O I"]  # w_q in the type of the product
+    scale: Float[Tensor, "O 1"]  # gamma of each output row
+    scales: list[Float[Tensor, ""]]  # of each section
+
+
+def product_type(x: Tensor) -> torch.dtype:
+    """In which an input is multiplied."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def rounded(weight: Tensor, sections: tuple[int, ...], factors: tuple[float, ...], dtype: torch.dtype) -> Rounded:
+    scales = section_scales(weight, sections, factors)
+    scale = by_row(scales, sections)
+    return Rounded(ternary(weight, scale).to(dtype), scale, scales)
+
+
 class _BitLinear(torch.autograd.Function):
-    """y = x_q w_q^T * gamma * step; backward as if nothing had been rounded but with the rounded operands."""
+    """y = x_q w_q^T * gamma * step; backward as if nothing had been rounded but with the rounded operands.
+
+    `given`: the weight where it is rounded already; `shared`: others will want it as it is.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sections: tuple[int, ...], factors: tuple[float, ...]) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        scale = ternary_scale(weight, sections, factors)
-        w_q = ternary(weight, scale).to(dtype)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        sections: tuple[int, ...],
+        factors: tuple[float, ...],
+        given: Rounded | None,
+        shared: bool,
+    ) -> Tensor:
+        dtype = product_type(x)
+        w_q, scale, _ = given or rounded(weight, sections, factors, dtype)
         x_q, step = quantize_activations(x)
         x_q = x_q.to(dtype)  # whole numbers up to 127 are exact in bf16 too
         y = rescaled(F.linear(x_q, w_q), step, scale, len(sections))
         # what the backward pass multiplies by: a CPU would convert for longer than it saves memory
-        kept = w_q.mul_(scale) if kind == "cpu" else w_q.to(torch.int8)
+        on_cpu = x.device.type == "cpu"
+        ctx.scaled = on_cpu and not shared
+        kept = w_q.mul_(scale) if ctx.scaled else w_q if on_cpu else w_q.to(torch.int8)
         ctx.save_for_backward(x_q.mul_(step), kept, scale)
         ctx.input_dtype = x.dtype
         return y.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (grad,) = grads
         x, kept, scale = ctx.saved_tensors
         grad_x = grad_w = None
-        if ctx.needs_input_grad[0]:
-            weight = (kept * scale).to(grad.dtype) if kept.dtype == torch.int8 else kept
-            grad_x = (grad @ weight).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
             grad_w = (grad.T @ x).to(scale.dtype)
-        return grad_x, grad_w, None, None
+        if ctx.needs_input_grad[0]:
+            if kept.dtype == torch.int8:
+                kept = (kept * scale).to(grad.dtype)
+            elif not ctx.scaled:
+                grad = (grad * scale.T).to(kept.dtype)
+            grad_x = (grad @ kept).to(ctx.input_dtype)
+        return grad_x, grad_w, None, None, None, None
 
 
 class BitLinear(nn.Module):
@@ -127,18 +161,30 @@ class BitLinear(nn.Module):
         self.sections = (sections,) if isinstance(sections, int) else tuple(sections)
         self.factors = factors
         self.quantized = quantized
-        self.keeps_scale = False  # whether a forward pass leaves its gammas behind, for what is told of the weights
-        self.scale: Float[Tensor, "S"] | None = None
+        self.keeps_scales = False  # whether a forward pass leaves its gammas behind, for what is told of the weights
+        self.scales: list[Float[Tensor, ""]] = []
+        self.shares = False  # whether a forward pass leaves its rounded weight to the next one
+        self.left: Rounded | None = None
         self.weight = drawn(sum(self.sections), inputs, std=1 / math.sqrt(inputs))
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
         if not self.quantized:
             return F.linear(x, self.weight)
-        if self.keeps_scale:
-            self.scale = self.section_scales()
         flat = x.reshape(-1, x.shape[-1])
-        y = _BitLinear.apply(flat, self.weight, self.sections, self.factors)
+        given = self._rounded(product_type(flat)) if self.left or self.shares or self.keeps_scales else None
+        y = _BitLinear.apply(flat, self.weight, self.sections, self.factors, given, self.shares)
         return y.reshape(*x.shape[:-1], -1)  # type: ignore[union-attr]
+
+    def _rounded(self, dtype: torch.dtype) -> Rounded:
+        """The weight as the pass before has left it, or rounded now; left to the next pass where that is wished."""
+        found, self.left = self.left, None
+        if found is None or found.values.dtype != dtype:
+            found = rounded(self.weight.detach(), self.sections, self.factors, dtype)
+        if self.shares:
+            self.left = found
+        if self.keeps_scales:
+            self.scales = found.scales
+        return found
 
     def section_scales(self) -> Float[Tensor, "S"]:
         """gamma of each section of the current weight; under ZeRO-3 gather the weight first."""

@@ -156,10 +156,34 @@ def fill_memory(
     statistics.add("Memory/Read_Norm", ((w @ values.double()).norm(dim=-1) * asked).sum(), count)
 
 
-def rounding_sums(x: Float[Tensor, "*B I"], asked: Float[Tensor, "*B"]) -> Float[Tensor, "4"]:
-    """The sums of `rounding_figures` where `asked` is 1 and not 0."""
-    figures = rounding_figures(x)
-    return figures @ asked.reshape(-1).to(figures.dtype)
+class RoundingSums:
+    """Adds up `rounding_figures` by component. Inputs are kept until there are enough to be looked at together."""
+
+    TOGETHER = 2**22  # numbers
+
+    def __init__(self, components: Sequence[str], device: torch.device) -> None:
+        self.table = torch.zeros(len(components), 4, dtype=torch.float64, device=device)
+        self._rows = {name: row for row, name in enumerate(components)}
+        self._kept: dict[int, list[tuple[int, Tensor, Tensor]]] = {}  # by width
+        self._numbers = 0
+
+    def add(self, component: str, x: Float[Tensor, "*B I"], asked: Bool[Tensor, "*B"]) -> None:
+        """Look at an input of a layer, where `asked`."""
+        kept = self._kept.setdefault(x.shape[-1], [])
+        kept.append((self._rows[component], x.detach().reshape(-1, x.shape[-1]), asked.reshape(-1)))
+        self._numbers += x.numel()
+        if self._numbers > self.TOGETHER:
+            self.fold()
+
+    def fold(self) -> Float[Tensor, "C 4"]:
+        """The sums of all that was added."""
+        for parts in self._kept.values():
+            rows, inputs, asked = zip(*parts, strict=True)
+            owners = torch.tensor([row for row, x in zip(rows, inputs, strict=True) for _ in range(len(x))])
+            figures = rounding_figures(torch.cat(inputs)) * torch.cat(asked)
+            self.table.index_add_(0, owners.to(self.table.device), figures.T.double())
+        self._kept, self._numbers = {}, 0
+        return self.table
 
 
 def rounding_figures(x: Float[Tensor, "*B I"]) -> Float[Tensor, "4 N"]:

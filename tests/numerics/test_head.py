@@ -37,8 +37,10 @@ def test_any_blocks_give_what_all_logits_give(positions: int, block: int, factor
     hidden, weight, targets = inputs(positions, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head, "BLOCK_LOGITS_A_THREAD", a_thread(block))
-        losses = token_losses(hidden, weight, targets)
+        losses = token_losses(hidden, weight, targets, entropy=True)
         gradients = torch.autograd.grad(factor * losses.total, (hidden, weight))
+        with torch.no_grad():
+            alone = token_losses(hidden, weight, targets, entropy=True)
     logits = F.linear(hidden, weight)
     each = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
     expected = torch.autograd.grad(factor * each.sum(), (hidden, weight))
@@ -47,6 +49,9 @@ def test_any_blocks_give_what_all_logits_give(positions: int, block: int, factor
     for mine, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     assert torch.equal(losses.hits, (logits.argmax(1) == targets))
+    entropy = torch.special.entr(logits.detach().double().softmax(1)).sum(1)[targets != IGNORE].sum().float()
+    for found in (losses.entropy, alone.entropy):
+        torch.testing.assert_close(found, entropy, rtol=1e-5, atol=1e-4)
 
 
 def test_the_blocks_are_alike_and_keep_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,10 +89,12 @@ def test_in_bf16_the_softmax_and_the_sums_stay_in_fp32() -> None:
     """As torch's own cross-entropy under autocast, whose logits are bf16 too."""
     hidden, weight, targets = inputs(50, seed=2)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = token_losses(hidden, weight, targets)
+        losses = token_losses(hidden, weight, targets, entropy=True)
         logits = F.linear(hidden, weight)
         each = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
     assert losses.each.dtype == torch.float32
+    entropy = torch.special.entr(logits.detach().double().softmax(1)).sum(1)[targets != IGNORE].sum().float()
+    torch.testing.assert_close(losses.entropy, entropy, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(losses.each, each, rtol=1e-5, atol=1e-5)
     mine = torch.autograd.grad(losses.total, (hidden, weight))
     theirs = torch.autograd.grad(each.sum(), (hidden, weight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
@@ -10,6 +11,7 @@ from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
 
+import psutil
 import torch.multiprocessing as mp
 
 from bitmar.assembly import build_model, open_loader, open_shards
@@ -75,11 +77,24 @@ class Group:
         ]
         for rank in self.ranks:
             rank.start()
+        self._stopped: list[psutil.Process] = []
 
     def ask(self, question: object) -> list[Any]:
         """What each rank answers."""
+        self.tell(question)
+        return self.answers()
+
+    def tell(self, question: object) -> None:
         for link in self.links:
             link.send(question)
+
+    def answered(self, wait_s: float) -> bool:
+        """Whether all ranks have answered, waiting so long for it."""
+        until = time.perf_counter() + wait_s
+        return all(link.poll(max(0.0, until - time.perf_counter())) for link in self.links)
+
+    def answers(self) -> list[Any]:
+        """What each rank answers to what it was told last."""
         answers = []
         for link in self.links:
             if not link.poll(WAIT_S):
@@ -90,6 +105,21 @@ class Group:
     def seconds(self, steps: int) -> float:
         """Time that the slowest rank takes for so many steps."""
         return max(self.ask(steps))
+
+    def stop(self) -> None:
+        """Stop the ranks and all their children by a signal, until `go_on`."""
+        self._stopped = [psutil.Process(rank.pid) for rank in self.ranks]
+        for rank in list(self._stopped):
+            rank.suspend()
+            self._stopped += rank.children(recursive=True)
+        for child in self._stopped[len(self.ranks) :]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has come to its end
+                child.suspend()
+
+    def go_on(self) -> None:
+        for process in reversed(self._stopped):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
     def close(self) -> None:
         for link in self.links:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from statistics import median
 
@@ -14,9 +15,10 @@ from bitmar.config import Config
 from bitmar.engine.faults import Guard
 from bitmar.engine.world import World
 from tools.engine_bench.common import ENDLESS, Bench, Row
-from tools.engine_bench.ranks import Group
+from tools.engine_bench.ranks import WAIT_S, Group
 
 DEFAULT_BAR, EVERYTHING_BAR = 1.01, 1.10
+TURN_S = 0.2  # one or two steps of the demo, a part of one of bitmar-14m
 OFF = (
     "wandb.enabled=false",
     f"wandb.log_every_n_steps={ENDLESS}",
@@ -54,17 +56,21 @@ class Beats(Guard):
 def cadence_rows(bench: Bench) -> Iterator[Row]:
     """The demo model and the 14M model, two ranks."""
     for recipe in ("demo",) if bench.quick else ("demo", "bitmar-14m"):
-        configs = {
-            way: bench.config(recipe, f"{recipe}-{way}", "training.precision=fp32", *own, *pictures(recipe))
-            for way, own in WAYS.items()
-        }
-        group = Group(_rank, 2, configs)
+        few = bench.quick or recipe != "demo"
+        off = _group(bench, recipe, "off")
         for way, bar, steps, rounds in (
-            ("default", DEFAULT_BAR, 10 if bench.quick else 100, 2 if bench.quick or recipe != "demo" else 9),
-            ("everything", EVERYTHING_BAR, 5 if bench.quick else 10, 3 if bench.quick else 5),
+            ("default", DEFAULT_BAR, 10 if bench.quick else 100, 2 if few else 9),
+            ("everything", EVERYTHING_BAR, 5 if bench.quick else 20, 3 if few else 5),
         ):
-            yield _row(bench, group, recipe, way, bar, steps, rounds)
-        group.close()
+            watched = _group(bench, recipe, way)
+            yield _row(bench, Turns(watched, off), recipe, way, bar, steps, rounds)
+            watched.close()
+        off.close()
+
+
+def _group(bench: Bench, recipe: str, way: str) -> Group:
+    own = "training.precision=fp32", *WAYS[way], *pictures(recipe)
+    return Group(_rank, 2, bench.config(recipe, f"{recipe}-{way}", *own))
 
 
 def pictures(recipe: str) -> tuple[str, str]:
@@ -73,46 +79,84 @@ def pictures(recipe: str) -> tuple[str, str]:
     return f"wandb.plot_every_n_epochs={epochs}", f"attention_analysis.viz_every_n_epochs={epochs}"
 
 
-def _row(bench: Bench, group: Group, recipe: str, way: str, bar: float, steps: int, rounds: int) -> Row:
-    group.ask((way, 2))
-    group.ask(("off", 2))
-    found = list[tuple[float, float, float, float]]()
-    for turn in range(rounds):
-        first, second = (way, "off") if turn % 2 else ("off", way)
-        told = {name: group.ask((name, steps)) for name in (first, second)}
-        sides = [(max(wall for wall, _ in told[name]), sum(cpu for _, cpu in told[name])) for name in (way, "off")]
-        found.append((sides[0][0], sides[1][0], sides[0][0] / sides[1][0], sides[0][1] / sides[1][1]))
-    ratios = [ratio for _, _, ratio, _ in found]
+class Turns:
+    """Two groups of ranks that train in turns of TURN_S, the other one stopped by a signal with all its children.
+
+    The speed of a machine changes in seconds by more than what is measured here; turns make both sides meet the same.
+    What a side does beside its steps (wandb's process, drawing) runs in its own turns, and is a part of its time.
+    """
+
+    def __init__(self, *sides: Group) -> None:
+        self.sides = sides
+
+    def seconds(self, steps: int) -> list[tuple[float, float]]:
+        """(wall, CPU) seconds a step of each side; wall: of the turns it had, of its slower rank."""
+        turns: list[list[tuple[float, float]]] = [[] for _ in self.sides]
+        for side in self.sides:
+            side.tell(steps)
+            side.stop()
+        training = list(range(len(self.sides)))
+        while training:
+            for number in list(training):
+                side, began = self.sides[number], time.perf_counter()
+                side.go_on()
+                if side.answered(TURN_S if len(training) > 1 else WAIT_S):
+                    training.remove(number)
+                else:
+                    side.stop()
+                turns[number].append((began, time.perf_counter()))
+        for side in self.sides:
+            side.go_on()
+        told = [side.answers() for side in self.sides]
+        return [
+            (max(inside(mine, *rank.wall) for rank in ranks) / steps, sum(rank.cpu for rank in ranks) / steps)
+            for mine, ranks in zip(turns, told, strict=True)
+        ]
+
+
+def inside(turns: Sequence[tuple[float, float]], began: float, ended: float) -> float:
+    """Seconds between two moments that lie in turns."""
+    return sum(max(0.0, min(last, ended) - max(first, began)) for first, last in turns)
+
+
+def _row(bench: Bench, turns: Turns, recipe: str, way: str, bar: float, steps: int, rounds: int) -> Row:
+    turns.seconds(2)
+    found = [turns.seconds(steps) for _ in range(rounds)]
+    ratios = [mine[0] / other[0] for mine, other in found]
     meant = {
         "default": "metrics every 50 steps, attention every 100, pictures once",
         "everything": "metrics and attention at every step",
     }[way]
     return {
         "name": f"observability cadence: {meant}, against logging off ({recipe}, 2 ranks, {bench.records.kind})",
-        "ours": round(median(mine for mine, *_ in found), 4),
-        "theirs": round(median(other for _, other, *_ in found), 4),
+        "ours": round(median(mine[0] for mine, _ in found), 4),
+        "theirs": round(median(other[0] for _, other in found), 4),
         "ratio": round(median(ratios), 4),
         "unit": "s a step",
         "bar": f"<= {bar}",
         "ok": bench.verdict(ratios, lambda ratio: ratio <= bar),
-        "cpu_ratio": round(median(cpu for *_, cpu in found), 4),
+        "cpu_ratio": round(median(mine[1] / other[1] for mine, other in found), 4),
         "each_round": [round(ratio, 4) for ratio in ratios],
     }
 
 
-def _rank(world: World, link: Connection, configs: dict[str, Config]) -> None:
-    runs: dict[str, Run] = {}
-    while question := link.recv():
-        way, steps = question
-        if way not in runs:
-            runs[way] = assemble(configs[way], world, Beats())
-        link.send(train_steps(runs[way], steps))
-    for run in runs.values():
-        run.sinks.close(0)
+@dataclass(frozen=True)
+class Taken:
+    """What a rank tells of its steps."""
+
+    wall: tuple[float, float]  # began and ended, on the clock that all processes share
+    cpu: float
 
 
-def train_steps(run: Run, steps: int) -> tuple[float, float]:
-    """(wall, CPU) seconds a step, of `steps` steps; the log at the end of a run is behind them."""
+def _rank(world: World, link: Connection, config: Config) -> None:
+    run = assemble(config, world, Beats())
+    while steps := link.recv():
+        link.send(train_steps(run, steps))
+    run.sinks.close(0)
+
+
+def train_steps(run: Run, steps: int) -> Taken:
+    """Train `steps` steps; the log at the end of a run is behind them."""
     assert isinstance(run.guard, Beats)
     first = run.progress.step
     last = dataclasses.replace(run.config.training, max_steps=first + steps + 1)
@@ -121,4 +165,4 @@ def train_steps(run: Run, steps: int) -> tuple[float, float]:
     run.world.barrier()
     train.loop(run)
     (began, cpu_began), (ended, cpu_ended) = run.guard.began[first], run.guard.began[first + steps]
-    return (ended - began) / steps, (cpu_ended - cpu_began) / steps
+    return Taken((began, ended), cpu_ended - cpu_began)
