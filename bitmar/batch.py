@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -168,12 +167,12 @@ class Batch:
             packed=False,
         )
 
-    @cached_property
+    @property
     def token_mask(self) -> Bool[Tensor, "B T"]:
         """Positions that hold a token of a row that counts."""
         return (self.segments > 0) & self.valid[:, None]
 
-    @cached_property
+    @property
     def pair_mask(self) -> Bool[Tensor, "N"]:
         """Captions that count and have an image."""
         return self.has_vision & (self.valid if self.packing is None else self.valid[self._row_of(self.packing)])
