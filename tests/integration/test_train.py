@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from bitmar.assembly import assemble, open_loader
-from bitmar.config import ConfigError, load_config
+from bitmar.config import COMPONENTS, ConfigError, load_config
 from bitmar.engine.fragments import CheckpointError
 from bitmar.engine.progress import Progress, checkpoint_directories
+from bitmar.engine.schedule import Rates
 from bitmar.engine.world import World
 from bitmar.observability.records import EVENTS_FILE, read_lines
 from bitmar.observability.schema import Layout, schema_of
@@ -39,6 +40,9 @@ from tests.support.runs import (
 pytestmark = pytest.mark.slow
 
 STAGES = (0, 1, 2, 3)
+WATCHED = ("wandb.attention_log_interval=1", "wandb.pca_log_interval=1")
+PARTS = ("attention", "features", "gradients", "quantization", "memory")
+UNWATCHED = ("wandb.log_every_n_steps=1000", *(f"wandb.log_{part}=false" for part in PARTS))
 DEMO_VOCABULARY = 4096
 PARTIAL = ".step_00000015.partial"
 SUMMARY = {
@@ -67,6 +71,8 @@ def scenario(world: World, folder: str, shards: str) -> dict[str, Any]:
             (half / "checkpoints" / PARTIAL / "left-over").write_text("of a run that was killed")
         start(f"resumed{stage}", stage=stage)
     start("recomputed", "engine.activation_checkpointing=true", stage=1)
+    start("watched", *WATCHED, stage=1)
+    start("unwatched", *UNWATCHED, stage=1)
     if world.is_first:
         shutil.copytree(base / "half1", runs / "crossed")
         shutil.copytree(runs / "straight1", runs / "validated")
@@ -79,7 +85,11 @@ def scenario(world: World, folder: str, shards: str) -> dict[str, Any]:
         refused = ""
     except ConfigError as error:
         refused = str(error)
-    return {"memory kept": validation_keeps_memory(world, base, runs, Path(shards)), "apart": refused}
+    return {
+        "memory kept": validation_keeps_memory(world, base, runs, Path(shards)),
+        "rounded anew": changed_weights_are_rounded_anew(world, base, Path(shards)),
+        "apart": refused,
+    }
 
 
 def validation_keeps_memory(world: World, base: Path, runs: Path, shards: Path) -> bool:
@@ -90,6 +100,37 @@ def validation_keeps_memory(world: World, base: Path, runs: Path, shards: Path) 
     hold_validation(run)
     run.sinks.close(0)
     return bool(before["written"].any()) and not differing(before, run.memory.tensors())
+
+
+def changed_weights_are_rounded_anew(world: World, base: Path, shards: Path) -> bool:
+    """Weights change behind a frozen pass, by a step that used no layer since, and by a checkpoint."""
+    run = assemble(tiny_config(base / f"recipes{world.rank}", shards, base / "changed", "changed"), world)
+    batch, engine = run.watch.probes.heads[0], run.engine
+    engine.set_rates(Rates(1e-2, 0.0), COMPONENTS)
+    parts = [engine.forward(batch, run.memory).loss for _ in range(2)]  # of the step's two micro-batches
+
+    def losses() -> list[float]:
+        with torch.no_grad():
+            return [engine.forward(batch, run.memory).loss.item() for _ in range(2)]
+
+    def passed() -> None:
+        with engine.frozen():
+            engine.forward(batch, run.memory)
+
+    engine.train(False)
+    found = [losses()]
+    passed()
+    for part in parts:
+        engine.backward(part)
+        engine.step()
+    engine.train(False)
+    found.append(losses())
+    passed()
+    engine.load(lambda kind, name, first, end: torch.full((end - first,), 0.01), 1)
+    engine.train(False)
+    found.append(losses())
+    run.sinks.close(0)
+    return all(one == other for one, other in found) and len({one for one, _ in found}) == len(found)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +188,16 @@ def test_recomputed_activations_change_no_bit(runs: Path) -> None:
     )
 
 
+def test_watching_changes_no_bit(runs: Path) -> None:
+    """Probe passes before every step, and none."""
+    watched, unwatched = (checkpoint_tensors(newest(runs / name)) for name in ("watched", "unwatched"))
+    assert differing(watched, unwatched) == []
+    told = {name for line in metrics(runs / "watched") for name in line}
+    probed = {"Attention/Dead_Heads", "Features/Text_Effective_Rank", "Quantization/Activation_Zero_Encoder"}
+    assert probed - told == set()
+    assert not {name for line in metrics(runs / "unwatched") for name in line if name.startswith("Attention/")}
+
+
 def test_a_folder_that_the_ranks_do_not_share_is_refused(trained: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, found = trained
     said, same = (rank["apart"] for rank in found)
@@ -158,6 +209,10 @@ def test_a_folder_that_the_ranks_do_not_share_is_refused(trained: tuple[Path, li
 
 def test_validation_changes_nothing_in_the_memory(trained: tuple[Path, list[dict[str, Any]]]) -> None:
     assert [rank["memory kept"] for rank in trained[1]] == [True, True]
+
+
+def test_changed_weights_are_rounded_anew(trained: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [rank["rounded anew"] for rank in trained[1]] == [True, True]
 
 
 def test_the_run_directory_is_complete(runs: Path) -> None:

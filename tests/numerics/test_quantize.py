@@ -79,6 +79,43 @@ def test_gradients_are_straight_through() -> None:
     torch.testing.assert_close(layer.weight.grad, grad.T @ (x_q * step))
 
 
+def test_a_weight_is_rounded_once_for_passes_that_share_it() -> None:
+    """A frozen pass leaves it to the next one, which gives the bits of a layer that rounds for itself."""
+    torch.manual_seed(0)
+    layer = BitLinear(12, (5, 3))
+    x, grad = torch.randn(7, 12, requires_grad=True), torch.randn(7, 8)
+
+    def taken() -> tuple[torch.Tensor, ...]:
+        y = layer(x)
+        return y, *torch.autograd.grad(y, (x, layer.weight), grad)
+
+    expected = taken()
+    layer.shares = True
+    layer.weight.requires_grad_(False)
+    shown = layer(x)
+    (by_input,) = torch.autograd.grad(shown, x, grad)
+    layer.shares = False
+    layer.weight.requires_grad_(True)
+    assert torch.equal(shown, expected[0])
+    torch.testing.assert_close(by_input, expected[1])
+    assert layer.left is not None
+    with torch.no_grad():
+        layer.weight.mul_(2)  # tells whose rounded weight it is
+    assert all(torch.equal(mine, other) for mine, other in zip(taken(), expected, strict=True))
+    assert layer.left is None
+    torch.testing.assert_close(taken()[0], 2 * expected[0])
+
+
+def test_a_rounded_weight_of_another_type_is_not_taken() -> None:
+    layer, x = BitLinear(12, 5), torch.randn(7, 12)
+    layer.shares = True
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+    layer.shares = False
+    assert torch.equal(layer(x), layer(x))
+    assert layer(x).dtype == torch.float32
+
+
 def test_rounding_off_is_a_plain_linear_map() -> None:
     layer = BitLinear(12, 5, quantized=False)
     x = torch.randn(7, 12)
