@@ -62,6 +62,8 @@ if [ ${#failed[@]} -gt 0 ]; then
 fi
 
 echo "== pytest"
-python -m pytest -m "$marks" tests/unit tests/numerics tests/integration
+# unit and numerics on all cores, then the integration tests in one process: tests/conftest.py
+python -m pytest -m "$marks" -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder \
+    tests/unit tests/numerics tests/integration
 tests=$?
 [ $tests -eq 0 ] && [ ${#failed[@]} -eq 0 ]
