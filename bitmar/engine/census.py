@@ -24,8 +24,8 @@ BITS, A_BYTE = 2, 4  # of a ternary value, values in a byte
 _MAGNITUDES = torch.logspace(-10, 2, 49, dtype=torch.float64)  # four bins a decade
 # Between which numbers are counted, the same for all parameters; smaller and larger ones go into the last bins
 HISTOGRAM_EDGES = torch.cat([-_MAGNITUDES.flip(0), _MAGNITUDES])
-# Numbers that are summed in fp32 before their sum goes on in fp64; what is worked out of them stays in a CPU's cache
-CHUNK = 2**17
+# Numbers that are summed in fp32 before their sum goes on in fp64. What is worked out of them stays in a CPU's cache
+CHUNK, CHUNK_OF_A_CPU = 2**20, 2**17
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def gradient_sums(pieces: Iterable[Fragment], device: torch.device) -> tuple[Ten
     for piece in pieces:
         whole, owner = piece.tensors["gradient"], _row_of(piece.name)
         sizes[owner] += len(whole)
-        for g in whole.split(CHUNK):
+        for g in _chunks(whole):
             total, largest = g.sum(), torch.maximum(g.amax(), -g.amin())  # torch.aminmax takes longer on a CPU
             numbers += [total, torch.dot(g, g), largest, _nonfinite(g, total)]
             owners.append(owner)
@@ -118,7 +118,7 @@ def histograms(pieces: Iterable[Fragment], kind: str, device: torch.device) -> F
     out = torch.zeros(len(COMPONENTS), len(HISTOGRAM_EDGES) - 1, dtype=torch.float64, device=device)
     edges = HISTOGRAM_EDGES.float()
     for piece in pieces:
-        for part in piece.tensors[kind].split(CHUNK):
+        for part in _chunks(piece.tensors[kind]):
             known = part[part.isfinite()].clamp(float(edges[0]), float(edges[-1]))
             bins = torch.bucketize(known, edges[1:-1].to(part.device), right=True)
             out[_row_of(piece.name)] += bins.bincount(minlength=out.shape[1]).to(device)
@@ -152,7 +152,7 @@ def update_sums(
         rate, decay = rates[piece.name]
         pull = rate * decay / (1 - rate * decay)
         of_quotient = rate * mean_factor / root_factor * (1 + pull)
-        kinds = (piece.tensors[kind].split(CHUNK) for kind in ("model", "exp_avg", "exp_avg_sq"))
+        kinds = (_chunks(piece.tensors[kind]) for kind in ("model", "exp_avg", "exp_avg_sq"))
         for weight, mean, square in zip(*kinds, strict=True):
             quotient = torch.sqrt(square, out=scratch.like(square)).add_(eps / root_factor)
             torch.div(mean, quotient, out=quotient)  # the change: of_quotient times this, and pull times the weight
@@ -185,7 +185,7 @@ def ternary_sums(
             if not len(held):
                 continue
             scale = scales[at].to(held.device)
-            for part in held.split(CHUNK):  # a multiple of SAMPLE
+            for part in _chunks(held):  # of a multiple of SAMPLE
                 values = torch.div(part, scale, out=scratch.like(part)).round_().clamp_(-1, 1)
                 numbers += [torch.dot(values, values), values.sum()]  # whole numbers below 2^24: exact
                 owners.append(at)
@@ -218,6 +218,10 @@ def _held(piece: Fragment, matrix: Matrix) -> tuple[int, Tensor]:
     return start - matrix.start, weight[start - piece.start : max(start, stop) - piece.start]
 
 
+def _chunks(numbers: Tensor) -> tuple[Tensor, ...]:
+    return numbers.split(CHUNK_OF_A_CPU if numbers.device.type == "cpu" else CHUNK)
+
+
 def _table(numbers: list[Tensor], columns: int, device: torch.device) -> Tensor:
     """0-d tensors as a table, fp64."""
     return torch.stack(numbers).to(device, torch.float64).view(-1, columns)
@@ -230,9 +234,9 @@ class _Scratch:
         self._held: Tensor | None = None
 
     def like(self, part: Tensor) -> Tensor:
-        """As long as `part`, which has at most CHUNK numbers."""
-        if self._held is None:
-            self._held = part.new_empty(CHUNK)
+        """As long as `part`, a chunk."""
+        if self._held is None or len(self._held) < len(part):
+            self._held = torch.empty_like(part)
         return self._held[: len(part)]
 
 

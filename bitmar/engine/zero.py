@@ -124,6 +124,7 @@ class ZeroEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
+        self._modules = list(self._engine.modules())
         self._make_optimizer_state()
 
     @property
@@ -172,8 +173,9 @@ class ZeroEngine:
             layer.keeps_scales = on
 
     def train(self, mode: bool = True) -> None:
-        """BitMar asks itself alone whether it trains, and to tell every module would take a millisecond."""
-        self._engine.training = self.module.training = mode
+        """As torch's own, which takes a millisecond for the attributes of all modules."""
+        for module in self._modules:
+            vars(module)["training"] = mode
 
     def set_rates(self, rates: Rates, trained: tuple[str, ...]) -> None:
         """Set rate and decay; components outside `trained` get rate, decay and gradient 0: bit-identical after."""

@@ -91,6 +91,7 @@ def product_type(x: Tensor) -> torch.dtype:
 
 
 def rounded(weight: Tensor, sections: tuple[int, ...], factors: tuple[float, ...], dtype: torch.dtype) -> Rounded:
+    """A weight rounded for products in `dtype`."""
     scales = section_scales(weight, sections, factors)
     scale = by_row(scales, sections)
     return Rounded(ternary(weight, scale).to(dtype), scale, scales)

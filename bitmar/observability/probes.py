@@ -179,7 +179,7 @@ class RoundingSums:
         """The sums of all that was added."""
         for parts in self._kept.values():
             rows, inputs, asked = zip(*parts, strict=True)
-            owners = torch.tensor([row for row, x in zip(rows, inputs, strict=True) for _ in range(len(x))])
+            owners = torch.tensor(rows).repeat_interleave(torch.tensor([len(x) for x in inputs]))
             figures = rounding_figures(torch.cat(inputs)) * torch.cat(asked)
             self.table.index_add_(0, owners.to(self.table.device), figures.T.double())
         self._kept, self._numbers = {}, 0
