@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from bitmar.assembly import Run
 from bitmar.batch import Batch
 from bitmar.engine.census import component_of
-from bitmar.model.bitmar import rounded_layers
 from bitmar.observability.features import (
     effective_rank,
     principal_plane,
@@ -100,7 +99,7 @@ class RoundingWatch:
     def __init__(self, run: Run, batch: Batch) -> None:
         self._run, self._batch = run, batch
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._layers = rounded_layers(run.engine.module) if run.config.wandb.log_quantization else []
+        self._layers = run.engine.rounded if run.config.wandb.log_quantization else []
         self._components = list(dict.fromkeys(component_of(name) for name, _ in self._layers))
         self._sums = RoundingSums(self._components, run.world.device)
 

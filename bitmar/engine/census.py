@@ -18,6 +18,7 @@ from torch import Tensor
 from bitmar.config import COMPONENTS
 from bitmar.engine.fragments import Fragment
 from bitmar.model.bitmar import BitMar, rounded_layers
+from bitmar.model.quantize import BitLinear
 
 SAMPLE = 16  # one weight in so many is watched for flips
 BITS, A_BYTE = 2, 4  # of a ternary value, values in a byte
@@ -86,11 +87,11 @@ def matrices_of(model: BitMar) -> list[Matrix]:
     return found
 
 
-def scales_of(model: BitMar, device: torch.device) -> Float[Tensor, "M"]:
+def scales_of(layers: Iterable[BitLinear], device: torch.device) -> Float[Tensor, "M"]:
     """gamma of each matrix: what the last forward pass kept, or of the weights as they are."""
     found = []
-    for _, module in rounded_layers(model):
-        found += module.scales if module.keeps_scales else module.section_scales().unbind()
+    for layer in layers:
+        found += layer.scales if layer.keeps_scales else layer.section_scales().unbind()
     return torch.stack(found) if found else torch.zeros(0, device=device)
 
 

@@ -88,9 +88,9 @@ class ZeroEngine:
         self._adamw = config.optimizer
         self._parameters: list[tuple[str, Any]] = list(model.named_parameters())
         self._by_name = dict(self._parameters)
-        layers = [layer for _, layer in rounded_layers(model)]
+        self.rounded = rounded_layers(model)
         # a compiled block would be compiled again for what it finds; under ZeRO-3 no rank holds weights between passes
-        self._keeping = [] if config.engine.compile else layers
+        self._keeping = [] if config.engine.compile else [layer for _, layer in self.rounded]
         self._sharing = [] if self.stage == 3 else self._keeping
         self._hook_gradients(model)
         groups = _optimizer_groups(model)
@@ -207,7 +207,7 @@ class ZeroEngine:
         if boundary and census:
             device = self.world.device
             counted = gradient_sums(self._gradients(), device)
-            scales = scales_of(self.module, device)
+            scales = scales_of([layer for _, layer in self.rounded], device)
             weights = ternary_sums(self.fragments(), self.matrices, scales, self.watched)
             if self._histograms:
                 told = histograms(self._gradients(), "gradient", device), histograms(self.fragments(), "model", device)

@@ -58,12 +58,13 @@ def figures(
     """
     asked = batch.token_mask if causal else batch.token_mask & batch.has_vision[:, None]
     tokens = asked.sum(1)
-    parts = [_layer(heads.weights, asked, causal, keys) for heads in layers]
     scale = torch.where(tokens > 0, 1 / tokens.clamp(min=1), 0.0)
-    importance = [(g.detach().abs().double() * scale[:, None]).sum(0) for g in gradients]
+    importance = (torch.cat(list(gradients), 1).detach().abs().double() * scale[:, None]).sum(0)
+    side_by_side = _looks(torch.cat([heads.weights for heads in layers], 1), asked, causal, keys)
+    sizes = [len(heads.numbers) for heads in layers]
     entropy, concentration, distance, first, important = (
-        torch.stack([_placed(x, heads) for x, heads in zip(column, layers, strict=True)])
-        for column in (*zip(*parts, strict=True), importance)
+        torch.stack([_placed(x, heads) for x, heads in zip(values.split(sizes), layers, strict=True)])
+        for values in (*side_by_side, importance)
     )
     return Figures(entropy, concentration, distance, first, asked.sum(), important, (tokens > 0).sum())
 
@@ -76,7 +77,7 @@ def _placed(values: Float[Tensor, "K"], heads: Heads) -> Float[Tensor, "H"]:
     return whole.index_copy_(0, torch.tensor(heads.numbers, device=values.device), values)
 
 
-def _layer(
+def _looks(
     weights: Float[Tensor, "B H T S"], asked: Bool[Tensor, "B T"], causal: bool, count: Tensor | int | None
 ) -> tuple[Tensor, ...]:
     """(entropy, concentration, distance, first-key mass), each [H] summed over the queries that are asked for."""
