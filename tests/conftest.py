@@ -20,6 +20,7 @@ CORES = torch.get_num_threads()
 install_import_hook(["bitmar.batch", "bitmar.losses", "bitmar.model"], "beartype.beartype")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under `--dist loadgroup` unit and numerics go file by file to whichever worker is free; the integration tests,
     which keep all cores busy on their own, one after the other to one worker."""

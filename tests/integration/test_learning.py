@@ -61,7 +61,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     folder = tmp_path_factory.mktemp("learned")
     shards, kind = pairs_shards(folder, vocabulary=4096, held_out=0.16)
     print(f"learning on {kind}")
-    run_ranks(1, folder / "ranks", train_all, str(shards), str(folder / "runs"), threads=2)
+    run_ranks(2, folder / "ranks", train_all, str(shards), str(folder / "runs"))
     return folder / "runs", shards, kind
 
 
