@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from statistics import median
 
-from bitmar import train
+import torch
+
+from bitmar import probing, train
 from bitmar.assembly import Run, assemble, open_loader
 from bitmar.config import Config
 from bitmar.engine.faults import Guard
 from bitmar.engine.world import World
+from bitmar.observability.probes import gates_of
 from tools.engine_bench.common import ENDLESS, Bench, Row
 from tools.engine_bench.ranks import WAIT_S, Group
 
@@ -65,6 +69,7 @@ def cadence_rows(bench: Bench) -> Iterator[Row]:
             yield _row(bench, Turns(watched, off), recipe, way, bar, steps, rounds)
             watched.close()
             off.close()
+    yield _pass_row(bench)
 
 
 def _group(bench: Bench, recipe: str, way: str) -> Group:
@@ -139,6 +144,25 @@ def _row(bench: Bench, turns: Turns, recipe: str, way: str, bar: float, steps: i
     }
 
 
+def _pass_row(bench: Bench) -> Row:
+    """What sets the bound of the demo at every step: calls of a pass over a rank's captions, whatever is looked at."""
+    own = "training.precision=fp32", "wandb.probe_samples=2", *EVERYTHING
+    group = Group(_passing_rank, 1, bench.config("demo", "demo-pass", *own))
+    rounds = [group.ask(5 if bench.quick else 40)[0] for _ in range(5)]
+    group.close()
+    looked_at, bare = (median(side) for side in zip(*rounds, strict=True))
+    return {
+        "name": "observability cadence: a pass over 2 held-out captions, against one for the gates' gradients alone "
+        f"(demo, 1 rank, {bench.records.kind})",
+        "ours": round(looked_at, 5),
+        "theirs": round(bare, 5),
+        "ratio": round(looked_at / bare, 3),
+        "unit": "s a pass",
+        "bar": None,
+        "ok": None,
+    }
+
+
 @dataclass(frozen=True)
 class Taken:
     """What a rank tells of its steps."""
@@ -151,6 +175,28 @@ def _rank(world: World, link: Connection, config: Config) -> None:
     run = assemble(config, world, Beats())
     while steps := link.recv():
         link.send(train_steps(run, steps))
+    run.sinks.close(0)
+
+
+def _passing_rank(world: World, link: Connection, config: Config) -> None:
+    run = assemble(config, world, Beats())
+    train_steps(run, 1)
+    (batch,) = run.watch.probes.heads
+
+    def bare() -> None:
+        with run.engine.frozen():
+            outputs = run.engine.forward(batch, run.memory, heads=True)
+            torch.autograd.grad(outputs.loss, gates_of(outputs.heads))
+
+    while passes := link.recv():
+        taken = []
+        for work in (functools.partial(probing.pass_heads, run, batch), bare):
+            work()
+            began = time.perf_counter()
+            for _ in range(passes):
+                work()
+            taken.append((time.perf_counter() - began) / passes)
+        link.send(tuple(taken))
     run.sinks.close(0)
 
 

@@ -166,7 +166,8 @@ def _holding_rank(world: World, link: Connection, config: Config) -> None:
 
 
 def held_bytes(run: Run) -> int:
-    """Of statistics, probes and what the census watches."""
+    """Of statistics, probes and what the census watches. Not the rounded weights that a probe pass leaves to the next
+    step: that step takes them over, and would make its own."""
     tensors = [run.engine.watched.packed]
     for held in (*run.watch.probes.heads, run.engine.census):
         tensors += [value for value in vars(held).values() if isinstance(value, torch.Tensor)]
