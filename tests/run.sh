@@ -57,13 +57,13 @@ check "ruff check" ruff check
 check "ruff format" ruff format --check
 check "pyright" pyright
 check "shellcheck" shellcheck -x launch/*.sh launch/*.sbatch tests/run.sh .ci/run
+check "pytest of unit and numerics, on all cores" \
+    python -m pytest -m "$marks" -n logical --maxprocesses 4 --dist loadfile tests/unit tests/numerics
 if [ ${#failed[@]} -gt 0 ]; then
-    echo "FAILED before the tests: ${failed[*]}"
+    echo "FAILED before the integration tests: ${failed[*]}"
 fi
 
-echo "== pytest"
-# unit and numerics on all cores, then the integration tests in one process: tests/conftest.py
-python -m pytest -m "$marks" -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder \
-    tests/unit tests/numerics tests/integration
+echo "== pytest of integration, where each test keeps the cores busy"
+python -m pytest -m "$marks" tests/integration
 tests=$?
 [ $tests -eq 0 ] && [ ${#failed[@]} -eq 0 ]
