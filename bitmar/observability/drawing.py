@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -151,10 +151,11 @@ def kind_name(kind: str) -> str:
 
 def shown(text: str) -> str:
     """A text as the font can show it: a character that it lacks, or that has no shape, as its code, \\u6f22."""
-    font = get_font(findfont(FONT))
+    fonts = [get_font(findfont(FontProperties(family=FONT, weight=weight))) for weight in ("normal", "bold")]
 
     def has_shape(character: str) -> bool:
-        return unicodedata.category(character)[0] not in "CZ" and font.get_char_index(ord(character)) != 0
+        known = all(font.get_char_index(ord(character)) != 0 for font in fonts)
+        return known and unicodedata.category(character)[0] not in "CZ"
 
     return "".join(c if c == " " or has_shape(c) else c.encode("unicode_escape").decode("ascii") for c in text)
 

@@ -13,6 +13,8 @@ from shards.index import ShardReader
 from tests.support.ranks import run_ranks, train_all
 from tests.support.runs import newest, tiny_config
 
+pytestmark = pytest.mark.slow
+
 TEXT_STEPS = 4  # the first phase, which reads no pair
 
 

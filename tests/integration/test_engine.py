@@ -30,6 +30,8 @@ from tests.support.batches import caption_batch, slice_batch, small_model, text_
 from tests.support.ranks import run_ranks
 from tests.support.states import whole_states
 
+pytestmark = pytest.mark.slow
+
 STAGES = (0, 1, 2, 3)
 OFFLOADS = ("zero2-offload", "zero3-offload")
 STEPS = 20

@@ -23,6 +23,8 @@ from tests.support.batches import caption_batch, packed_captions
 from tests.support.ranks import run_ranks
 from tests.support.runs import checkpoint_progress, checkpoint_tensors, differing, metrics, newest, tiny_config
 
+pytestmark = pytest.mark.slow
+
 STEPS = {"phases.0.steps": 1, "phases.1.steps": 3, "phases.2.steps": 6}
 STOP = 7
 PACKED = ("data.pack_captions=true", *(f"{key}={value}" for key, value in STEPS.items()))

@@ -19,6 +19,8 @@ from tests.support.ranks import run_ranks, train_all
 from tests.support.runs import ROOT, metrics, newest, recipe, tiny_config, write_recipe
 from tests.support.servers import faulty_server
 
+pytestmark = pytest.mark.slow
+
 TEXT_STEPS = 4  # the first phase, which reads no pair
 STEPS = 12
 

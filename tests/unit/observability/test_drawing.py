@@ -92,6 +92,7 @@ def test_what_the_font_lacks_is_shown_as_its_code(text: str, shown: str) -> None
 
 @given(st.text(max_size=8))
 @example("$$")  # no formula
+@example("\U0001d5a0")  # the regular font has it, the bold one of titles does not
 def test_no_text_is_too_strange_to_draw(text: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
