@@ -33,7 +33,7 @@ DEFAULT = (
     *("wandb.offline=true", "wandb.log_every_n_steps=50", "wandb.attention_log_interval=100"),
     "attention_analysis.log_every_n_steps=100",
 )
-# An epoch of the bench's few captions is some ten steps, one of a whole corpus more than a thousand: pictures are made
+# An epoch of the bench's few captions is 33 or 8 steps, one of a whole corpus more than a thousand: pictures are made
 # once in the steps that are timed
 EPOCHS_BETWEEN_PICTURES = {"demo": 3, "bitmar-14m": 12}
 EVERYTHING = (
