@@ -89,9 +89,8 @@ class ZeroEngine:
         self._parameters: list[tuple[str, Any]] = list(model.named_parameters())
         self._by_name = dict(self._parameters)
         self.rounded = rounded_layers(model)
-        # a compiled block would be compiled again for what it finds; under ZeRO-3 no rank holds weights between passes
+        # a compiled block would be compiled again for what it finds
         self._keeping = [] if config.engine.compile else [layer for _, layer in self.rounded]
-        self._sharing = [] if self.stage == 3 else self._keeping
         self._hook_gradients(model)
         groups = _optimizer_groups(model)
         optimizer = torch.optim.AdamW(
@@ -144,12 +143,9 @@ class ZeroEngine:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Forward passes in here are of the model as it is in evaluation, and no gradient is worked out for a weight;
-        compiled blocks run as they are written. What they have rounded of the weights serves those in here that follow,
-        and the next step's first one."""
+        compiled blocks run as they are written."""
         asked = [p.requires_grad for _, p in self._parameters]
         self.train(False)
-        for layer in self._sharing:
-            layer.shares = True
         for _, p in self._parameters:
             p.requires_grad_(False)
         try:
@@ -158,14 +154,7 @@ class ZeroEngine:
         finally:
             for (_, p), required in zip(self._parameters, asked, strict=True):
                 p.requires_grad_(required)
-            for layer in self._sharing:
-                layer.shares = False
             self.train(True)
-
-    def _drop_shared(self) -> None:
-        """Weights change: what was rounded of them is no more. A layer that no pass has used still has it."""
-        for layer in self._sharing:
-            layer.left = None
 
     def keep_scales(self, on: bool) -> None:
         """Have forward passes keep their gammas for a census at the end of the step."""
@@ -202,8 +191,6 @@ class ZeroEngine:
         boundary = self._engine.is_gradient_accumulation_boundary()
         counted = weights = scales = None
         told: tuple[Tensor | None, Tensor | None] = (None, None)
-        if boundary:
-            self._drop_shared()
         if boundary and census:
             device = self.world.device
             counted = gradient_sums(self._gradients(), device)
@@ -270,7 +257,6 @@ class ZeroEngine:
     def load(self, read: ReadPiece, adam_step: int) -> None:
         """Set weights, moments and the optimiser's step, each rank reading its own part. A collective."""
         self.watched = Watched()  # of weights that are no more
-        self._drop_shared()
         if self.stage == 3:
             self._optimizer._partition_all_parameters()
         for fragment in self._pieces((0, sys.maxsize), changed=True):

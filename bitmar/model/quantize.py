@@ -100,7 +100,7 @@ def rounded(weight: Tensor, sections: tuple[int, ...], factors: tuple[float, ...
 class _BitLinear(torch.autograd.Function):
     """y = x_q w_q^T * gamma * step; backward as if nothing had been rounded but with the rounded operands.
 
-    `given`: the weight where it is rounded already; `shared`: others will want it as it is.
+    `given`: the weight where it is rounded already; it is written over.
     """
 
     @staticmethod
@@ -111,7 +111,6 @@ class _BitLinear(torch.autograd.Function):
         sections: tuple[int, ...],
         factors: tuple[float, ...],
         given: Rounded | None,
-        shared: bool,
     ) -> Tensor:
         dtype = product_type(x)
         w_q, scale, _ = given or rounded(weight, sections, factors, dtype)
@@ -119,15 +118,13 @@ class _BitLinear(torch.autograd.Function):
         x_q = x_q.to(dtype)  # whole numbers up to 127 are exact in bf16 too
         y = rescaled(F.linear(x_q, w_q), step, scale, len(sections))
         # what the backward pass multiplies by: a CPU would convert for longer than it saves memory
-        on_cpu = x.device.type == "cpu"
-        ctx.scaled = on_cpu and not shared
-        kept = w_q.mul_(scale) if ctx.scaled else w_q if on_cpu else w_q.to(torch.int8)
+        kept = w_q.mul_(scale) if x.device.type == "cpu" else w_q.to(torch.int8)
         ctx.save_for_backward(x_q.mul_(step), kept, scale)
         ctx.input_dtype = x.dtype
         return y.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (grad,) = grads
         x, kept, scale = ctx.saved_tensors
         grad_x = grad_w = None
@@ -136,10 +133,8 @@ class _BitLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if kept.dtype == torch.int8:
                 kept = (kept * scale).to(grad.dtype)
-            elif not ctx.scaled:
-                grad = (grad * scale.T).to(kept.dtype)
             grad_x = (grad @ kept).to(ctx.input_dtype)
-        return grad_x, grad_w, None, None, None, None
+        return grad_x, grad_w, None, None, None
 
 
 class BitLinear(nn.Module):
@@ -164,27 +159,20 @@ class BitLinear(nn.Module):
         self.quantized = quantized
         self.keeps_scales = False  # whether a forward pass leaves its gammas behind, for what is told of the weights
         self.scales: list[Float[Tensor, ""]] = []
-        self.shares = False  # whether a forward pass leaves its rounded weight to the next one
-        self.left: Rounded | None = None
         self.weight = drawn(sum(self.sections), inputs, std=1 / math.sqrt(inputs))
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
         if not self.quantized:
             return F.linear(x, self.weight)
         flat = x.reshape(-1, x.shape[-1])
-        given = self._rounded(product_type(flat)) if self.left or self.shares or self.keeps_scales else None
-        y = _BitLinear.apply(flat, self.weight, self.sections, self.factors, given, self.shares)
+        given = self._rounded(product_type(flat)) if self.keeps_scales else None
+        y = _BitLinear.apply(flat, self.weight, self.sections, self.factors, given)
         return y.reshape(*x.shape[:-1], -1)  # type: ignore[union-attr]
 
     def _rounded(self, dtype: torch.dtype) -> Rounded:
-        """The weight as the pass before has left it, or rounded now; left to the next pass where that is wished."""
-        found, self.left = self.left, None
-        if found is None or found.values.dtype != dtype:
-            found = rounded(self.weight.detach(), self.sections, self.factors, dtype)
-        if self.shares:
-            self.left = found
-        if self.keeps_scales:
-            self.scales = found.scales
+        """The weight as it is, its gammas left behind."""
+        found = rounded(self.weight.detach(), self.sections, self.factors, dtype)
+        self.scales = found.scales
         return found
 
     def section_scales(self) -> Float[Tensor, "S"]:
@@ -236,10 +224,10 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, root, weight = ctx.saved_tensors
         grad = grads[0].reshape(x.shape)
         products = grad * x
-        grad_weight = products.T.mv(root[:, 0])
+        grad_weight = products.T.mv(root[:, 0]) if ctx.needs_input_grad[1] else None
         pull = products.mv(weight)[:, None].mul_(root.square()).div_(-ctx.count)
         return torch.addcmul(grad * weight, x, pull).mul_(root).view(grads[0].shape), grad_weight, None

@@ -16,10 +16,9 @@ import pytest
 import torch
 
 from bitmar.assembly import assemble, open_loader
-from bitmar.config import COMPONENTS, ConfigError, load_config
+from bitmar.config import ConfigError, load_config
 from bitmar.engine.fragments import CheckpointError
 from bitmar.engine.progress import Progress, checkpoint_directories
-from bitmar.engine.schedule import Rates
 from bitmar.engine.world import World
 from bitmar.observability.records import EVENTS_FILE, read_lines
 from bitmar.observability.schema import Layout, schema_of
@@ -87,7 +86,6 @@ def scenario(world: World, folder: str, shards: str) -> dict[str, Any]:
         refused = str(error)
     return {
         "memory kept": validation_keeps_memory(world, base, runs, Path(shards)),
-        "rounded anew": changed_weights_are_rounded_anew(world, base, Path(shards)),
         "apart": refused,
     }
 
@@ -100,37 +98,6 @@ def validation_keeps_memory(world: World, base: Path, runs: Path, shards: Path) 
     hold_validation(run)
     run.sinks.close(0)
     return bool(before["written"].any()) and not differing(before, run.memory.tensors())
-
-
-def changed_weights_are_rounded_anew(world: World, base: Path, shards: Path) -> bool:
-    """Weights change behind a frozen pass, by a step that used no layer since, and by a checkpoint."""
-    run = assemble(tiny_config(base / f"recipes{world.rank}", shards, base / "changed", "changed"), world)
-    batch, engine = run.watch.probes.heads[0], run.engine
-    engine.set_rates(Rates(1e-2, 0.0), COMPONENTS)
-    parts = [engine.forward(batch, run.memory).loss for _ in range(2)]  # of the step's two micro-batches
-
-    def losses() -> list[float]:
-        with torch.no_grad():
-            return [engine.forward(batch, run.memory).loss.item() for _ in range(2)]
-
-    def passed() -> None:
-        with engine.frozen():
-            engine.forward(batch, run.memory)
-
-    engine.train(False)
-    found = [losses()]
-    passed()
-    for part in parts:
-        engine.backward(part)
-        engine.step()
-    engine.train(False)
-    found.append(losses())
-    passed()
-    engine.load(lambda kind, name, first, end: torch.full((end - first,), 0.01), 1)
-    engine.train(False)
-    found.append(losses())
-    run.sinks.close(0)
-    return all(one == other for one, other in found) and len({one for one, _ in found}) == len(found)
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +176,6 @@ def test_a_folder_that_the_ranks_do_not_share_is_refused(trained: tuple[Path, li
 
 def test_validation_changes_nothing_in_the_memory(trained: tuple[Path, list[dict[str, Any]]]) -> None:
     assert [rank["memory kept"] for rank in trained[1]] == [True, True]
-
-
-def test_changed_weights_are_rounded_anew(trained: tuple[Path, list[dict[str, Any]]]) -> None:
-    assert [rank["rounded anew"] for rank in trained[1]] == [True, True]
 
 
 def test_the_run_directory_is_complete(runs: Path) -> None:

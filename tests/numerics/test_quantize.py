@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitmar.model.quantize import BitLinear, quantize_activations, ternary, ternary_scale
+from bitmar.model.quantize import BitLinear, RMSNorm, quantize_activations, ternary, ternary_scale
 
 
 def reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ def test_gradients_are_straight_through() -> None:
     torch.testing.assert_close(layer.weight.grad, grad.T @ (x_q * step))
 
 
-def test_a_weight_is_rounded_once_for_passes_that_share_it() -> None:
-    """A frozen pass leaves it to the next one, which gives the bits of a layer that rounds for itself."""
+def test_kept_scales_change_no_bit() -> None:
+    """They are those of the weight as it was in the pass."""
     torch.manual_seed(0)
     layer = BitLinear(12, (5, 3))
     x, grad = torch.randn(7, 12, requires_grad=True), torch.randn(7, 8)
@@ -89,31 +89,21 @@ def test_a_weight_is_rounded_once_for_passes_that_share_it() -> None:
         y = layer(x)
         return y, *torch.autograd.grad(y, (x, layer.weight), grad)
 
-    expected = taken()
-    layer.shares = True
-    layer.weight.requires_grad_(False)
-    shown = layer(x)
-    (by_input,) = torch.autograd.grad(shown, x, grad)
-    layer.shares = False
-    layer.weight.requires_grad_(True)
-    assert torch.equal(shown, expected[0])
-    torch.testing.assert_close(by_input, expected[1])
-    assert layer.left is not None
-    with torch.no_grad():
-        layer.weight.mul_(2)  # tells whose rounded weight it is
+    expected, scales = taken(), layer.section_scales()
+    layer.keeps_scales = True
     assert all(torch.equal(mine, other) for mine, other in zip(taken(), expected, strict=True))
-    assert layer.left is None
-    torch.testing.assert_close(taken()[0], 2 * expected[0])
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert torch.equal(torch.stack(layer.scales), scales)
 
 
-def test_a_rounded_weight_of_another_type_is_not_taken() -> None:
-    layer, x = BitLinear(12, 5), torch.randn(7, 12)
-    layer.shares = True
-    with torch.autocast("cpu", torch.bfloat16):
-        layer(x)
-    layer.shares = False
-    assert torch.equal(layer(x), layer(x))
-    assert layer(x).dtype == torch.float32
+@pytest.mark.parametrize("of", [None, 9])
+def test_a_frozen_norm_hands_on_the_same_gradient(of: int | None) -> None:
+    torch.manual_seed(0)
+    norm, x, grad = RMSNorm(12, of), torch.randn(7, 12, requires_grad=True), torch.randn(7, 12)
+    expected, _ = torch.autograd.grad(norm(x), (x, norm.weight), grad)
+    norm.weight.requires_grad_(False)
+    assert torch.equal(torch.autograd.grad(norm(x), x, grad)[0], expected)
 
 
 def test_rounding_off_is_a_plain_linear_map() -> None:

@@ -166,9 +166,8 @@ def _holding_rank(world: World, link: Connection, config: Config) -> None:
 
 
 def held_bytes(run: Run) -> int:
-    """Of statistics, probes, what the census watches, and rounded weights that a probe pass leaves to the next step."""
-    tensors = [run.engine.watched.packed]
-    tensors += [layer.left.values for _, layer in run.engine.rounded if layer.left is not None]
+    """Of statistics, probes, and what the census watches and forward passes keep for it."""
+    tensors = [run.engine.watched.packed, *(scale for _, layer in run.engine.rounded for scale in layer.scales)]
     for held in (*run.watch.probes.heads, run.engine.census):
         tensors += [value for value in vars(held).values() if isinstance(value, torch.Tensor)]
     return run.watch.statistics.device_bytes + sum(t.numel() * t.element_size() for t in tensors)
