@@ -57,13 +57,18 @@ check "ruff check" ruff check
 check "ruff format" ruff format --check
 check "pyright" pyright
 check "shellcheck" shellcheck -x launch/*.sh launch/*.sbatch tests/run.sh .ci/run
-check "pytest of unit and numerics, on all cores" \
-    python -m pytest -m "$marks" -n logical --maxprocesses 4 --dist loadfile tests/unit tests/numerics
-if [ ${#failed[@]} -gt 0 ]; then
-    echo "FAILED before the integration tests: ${failed[*]}"
+on_all_cores=(-n logical --maxprocesses 4 --dist loadfile)
+if [ "${1:-}" = quick ]; then # whose tests of integration wait for more than they work
+    last=("pytest, on all cores" -m "$marks" "${on_all_cores[@]}")
+else
+    check "pytest of unit and numerics, on all cores" \
+        python -m pytest -m "$marks" "${on_all_cores[@]}" tests/unit tests/numerics
+    last=("pytest of integration, where each test keeps the cores busy" -m "$marks" tests/integration)
 fi
-
-echo "== pytest of integration, where each test keeps the cores busy"
-python -m pytest -m "$marks" tests/integration
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "FAILED before the last tests: ${failed[*]}"
+fi
+echo "== ${last[0]}"
+python -m pytest "${last[@]:1}"
 tests=$?
 [ $tests -eq 0 ] && [ ${#failed[@]} -eq 0 ]

@@ -18,6 +18,8 @@ from tests.support.disks import resize, small_disk
 from tests.support.runs import ROOT, heed_interrupts, run_tool
 from tests.unit.shards.making import captions_of, text_of, tree, vectors_of, write_pairs, write_zip
 
+pytestmark = pytest.mark.slow
+
 KILLS = 5
 SETTINGS = ("--samples-per-shard", 100, "--vocab-size", 512, "--validation-fraction", 0.2)
 

@@ -19,6 +19,8 @@ from tools.demo_app import HOST, free_port, keep_to_this_machine
 from tools.demo_page.pairs import Pair
 from tools.demo_page.session import Demo, SessionMemory, Word
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:

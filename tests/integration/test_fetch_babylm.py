@@ -22,6 +22,8 @@ from tests.support.disks import resize, small_disk
 from tests.support.file_server import Fault, FileServer, Served, file_server
 from tests.support.runs import ROOT, heed_interrupts, make_shards, run_tool
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 NAME = "a_captions.json"
 BIG, OTHER = random.Random(1).randbytes(5 * MIB + 123), random.Random(2).randbytes(5 * MIB + 123)

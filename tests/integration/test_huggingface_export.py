@@ -32,6 +32,8 @@ from shards.tokenizer import BOS, TextTokenizer
 from tests.support.batches import logits_of
 from tests.support.exports import TEXTS, export, trained_model
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 
 ALONE = """

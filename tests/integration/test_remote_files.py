@@ -13,6 +13,8 @@ import xxhash
 from shards.store import CacheOptions, RemoteStore, Store, StoreError, open_store
 from tests.support.servers import Fault, FaultyServer, faulty_server
 
+pytestmark = pytest.mark.slow
+
 SIZE = 3_000_000
 ATTEMPTS = 3
 IMPATIENT_S = 2.0  # for the next bytes, where the server is silent

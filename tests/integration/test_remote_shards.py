@@ -21,6 +21,8 @@ from shards.store import StoreError
 from tests.support.servers import faulty_server, s3_server
 from tests.unit.shards.making import make, small_raw
 
+pytestmark = pytest.mark.slow
+
 GUARD_S = 300
 BOTH = [PhaseSpec("both", {"pairs": 1, "text": 1}, epochs=1)]
 Step = dict[str, np.ndarray]

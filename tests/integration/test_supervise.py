@@ -32,6 +32,8 @@ from tests.support.runs import (
     write_recipe,
 )
 
+pytestmark = pytest.mark.slow
+
 SUPERVISE = [sys.executable, str(ROOT / "launch" / "supervise.py")]
 HOST_STEPS = 20
 # the supervised command of the tests without a training: ends with the codes that it is given, one a start
@@ -114,7 +116,6 @@ def train_straight(world: World, path: str, runs: str, name: str) -> None:
     train(load_config(Path(path), [f"run.directory={runs}", f"run.name={name}"]), world)
 
 
-@pytest.mark.slow
 def test_a_killed_rank_costs_no_bit_and_term_stops_all(tmp_path: Path, tiny_shards: Path) -> None:
     """One process: kill -9 in the middle, TERM after the restart, and the same command again to the end."""
     values = recipe(tiny_shards, tmp_path / "runs", "kept")
@@ -160,7 +161,6 @@ def path(net: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_demo_recipe(tmp_path_factory.mktemp("supervised"), HOST_STEPS)
 
 
-@pytest.mark.slow
 def test_a_lost_host_is_left_out_and_taken_back(net: Network, path: Path) -> None:
     """3 hosts, one is lost; 2 go on; it comes back, a rank is killed, and 3 finish: the curve of 3 undisturbed."""
     run_ranks(3, path.parent / "ranks", train_straight, str(path), str(path.parent / "straight"), "hosts")
@@ -196,7 +196,6 @@ def test_a_lost_host_is_left_out_and_taken_back(net: Network, path: Path) -> Non
     assert worst <= 5e-3, worst
 
 
-@pytest.mark.slow
 def test_deepspeed_itself_is_supervised_and_ends_with_the_supervisor(net: Network, path: Path) -> None:
     """The plain launcher: pdsh is killed (which it hides behind exit code 0), then the supervisor, both by kill -9."""
     run, said = path.parent / "runs" / "plain", path.parent / "said-plain"

@@ -24,6 +24,8 @@ from tests.support.runs import ROOT, STEPS, newest, recipe, write_recipe
 from tests.support.trainers import trainers
 from tests.support.wandb_server import Useless, wandb_server
 
+pytestmark = pytest.mark.slow
+
 ENDLESS = ("phases.2.steps=100000", "training.max_epochs=100000")
 
 
@@ -67,7 +69,6 @@ def test_a_training_is_mirrored_line_by_line(tmp_path: Path, tiny_shards: Path) 
     assert {artifact.name for artifact in sent} == {"whole-checkpoint", "whole-plots"}
 
 
-@pytest.mark.slow
 def test_a_run_killed_and_resumed_twice_is_one_run_with_rising_steps(tmp_path: Path, tiny_shards: Path) -> None:
     path, run_dir = write_run(tmp_path, tiny_shards, "killed", offline=True), tmp_path / "runs" / "killed"
     environment = home_variables(tmp_path / "home")
@@ -94,7 +95,6 @@ def test_a_run_killed_and_resumed_twice_is_one_run_with_rising_steps(tmp_path: P
     assert len(set(trained)) == len(trained)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["closed", "hangs", "500"])
 def test_a_useless_server_costs_a_warning(tmp_path: Path, tiny_shards: Path, kind: Useless) -> None:
     path, run_dir = write_run(tmp_path, tiny_shards, kind, report=True), tmp_path / "runs" / kind
@@ -117,7 +117,6 @@ def test_a_useless_server_costs_a_warning(tmp_path: Path, tiny_shards: Path, kin
             assert secret.encode() not in written.read_bytes(), written
 
 
-@pytest.mark.slow
 def test_stop_on_the_page_saves_and_ends_both_ranks(tmp_path: Path, tiny_shards: Path) -> None:
     path, run_dir = write_run(tmp_path, tiny_shards, "stopped"), tmp_path / "runs" / "stopped"
     with wandb_server("answers") as server:
@@ -134,7 +133,6 @@ def test_stop_on_the_page_saves_and_ends_both_ranks(tmp_path: Path, tiny_shards:
     assert told(run_dir, "warning") == []
 
 
-@pytest.mark.slow
 def test_only_rank_0_opens_logs_plots_and_wandb(tmp_path: Path, tiny_shards: Path) -> None:
     path, run_dir = write_run(tmp_path, tiny_shards, "two", offline=True, create_plots=True), tmp_path / "runs" / "two"
     environment = home_variables(tmp_path / "home")

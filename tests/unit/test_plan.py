@@ -85,6 +85,7 @@ def test_offload_moves_state_to_the_host() -> None:
     assert disk.disk >= here.parameters + here.optimizer
 
 
+@pytest.mark.slow
 def test_activations_follow_micro_batch_and_checkpointing() -> None:
     config = load_config(RECIPES / "demo.yaml")
     spared = dataclasses.replace(config, engine=dataclasses.replace(config.engine, activation_checkpointing=True))

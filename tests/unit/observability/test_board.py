@@ -58,6 +58,7 @@ def test_a_resumed_run_mends_its_files(tmp_path: Path) -> None:
     assert steps(path) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_pictures_come_from_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the folder is relative and has spaces in its name."""
     write_run(tmp_path / "a run" / "of mine", Size(logs=2))

@@ -46,7 +46,7 @@ def set_keys(run_dir: Path, **keys: bool) -> None:
     (run_dir / "config.yaml").write_text(json.dumps({"wandb": keys}), encoding="utf-8")
 
 
-@pytest.mark.parametrize("slots", [1, 5, 37, 64, 512])
+@pytest.mark.parametrize("slots", [37, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (1, 5, 64, 512))])
 def test_every_picture_decodes_and_is_not_blank(tmp_path: Path, slots: int) -> None:
     write_run(tmp_path, Size(slots=slots))
     paths = write_plots(tmp_path)
@@ -61,6 +61,7 @@ def test_every_picture_decodes_and_is_not_blank(tmp_path: Path, slots: int) -> N
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_title_names_run_step_and_generated_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     titles: list[str] = []
     monkeypatch.setattr("matplotlib.figure.Figure.suptitle", lambda self, title, **options: titles.append(title))
@@ -70,7 +71,8 @@ def test_title_names_run_step_and_generated_data(tmp_path: Path, monkeypatch: py
     assert all(title.endswith("\nmy $run$ of \\u6f22, step 1,500 (generated data)") for title in titles)
     titles.clear()
     (run_dir / "summary.json").write_text('{"data": "given"}', encoding="utf-8")
-    write_plots(run_dir)
+    assert plots(run_dir) == list(ALL)
+    assert len(titles) == len(ALL)
     assert not any("generated" in title for title in titles)
 
 
@@ -161,6 +163,7 @@ def test_one_log_is_enough_and_none_is_an_error(tmp_path: Path) -> None:
     assert plots(tmp_path) == ["losses", "throughput", "schedule"]  # they say what was not logged
 
 
+@pytest.mark.slow
 def test_half_of_any_file_is_left_out(tmp_path: Path) -> None:
     """Cut at many places, as kills do: never an exception, and the other pictures are there."""
     write_run(tmp_path, Size(logs=2))
@@ -225,6 +228,7 @@ def test_words_of_any_script(tmp_path: Path) -> None:
     assert "cross_modal" in plots(tmp_path)
 
 
+@pytest.mark.slow
 def test_command_line_prints_each_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, Size(logs=2))
     main([str(tmp_path)])
