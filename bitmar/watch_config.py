@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from bitmar.config_checks import positive, require
 from bitmar.head_names import KINDS
 
+WANDB_MODES = ("online", "offline", "disabled")
+
 
 @dataclass(frozen=True)
 class WandbConfig:
@@ -15,6 +17,7 @@ class WandbConfig:
 
     enabled: bool = True  # False leaves wandb out
     offline: bool = False  # kept in the run's folder, for `wandb sync`; False: online where wandb finds a key
+    mode: str | None = None  # online, offline or disabled; None: by the two above, or WANDB_MODE
     project: str = "bitmar"
     # None leaves these to wandb's own environment variables (WANDB_ENTITY, WANDB_NAME, ...); a name: run.name
     entity: str | None = None
@@ -49,10 +52,20 @@ class WandbConfig:
     plot_quantization_dist: bool = True
     plot_gradients: bool = True
 
+    @property
+    def makes_histograms(self) -> bool:
+        """Whether anything takes them."""
+        return self.log_histograms and self.enabled and self.mode != "disabled"
+
     def __post_init__(self) -> None:
         positive("wandb", self, "log_every_n_steps", "attention_log_interval", "pca_log_interval")
         positive("wandb", self, "plot_every_n_epochs")
         require(bool(self.project), "wandb.project must not be empty")
+        require(self.mode in (None, *WANDB_MODES), f"wandb.mode must be one of {WANDB_MODES}, got {self.mode!r}")
+        require(
+            self.mode != "online" or (self.enabled and not self.offline),
+            "wandb.mode online contradicts wandb.enabled: false and wandb.offline: true",
+        )
         for name in ("log_interval", "probe_samples", "latent_samples", "device_tflops"):
             value = getattr(self, name)
             require(value is None or value > 0, f"wandb.{name} must be > 0, got {value}")

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 from bitmar.config import WandbConfig
-from bitmar.observability.schema import SCHEMA, STEP_METRIC, Cadence, select
+from bitmar.observability.schema import STEP_METRIC, Cadence, find
 from bitmar.observability.wandb_panels import save_report
+from bitmar.watch_config import WANDB_MODES
 
 WandbMode = Literal["online", "offline", "disabled"]
 
@@ -39,7 +40,6 @@ _CLOSE_FAILED_S = 10.0  # a run that failed or was asked to stop ends soon; `wan
 _FLUSH_S = 2.0  # between writes to the .wandb file, which `wandb leet` shows
 _WHY_LENGTH = 500  # of an error's text
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
-_STEP_NAMES = frozenset(metric.name for metric in select(SCHEMA, Cadence.STEP))
 
 
 class Tells(Protocol):
@@ -72,8 +72,9 @@ def identify(config: WandbConfig, run_name: str, run_id: str, environment: Mappi
     """
     given = os.environ if environment is None else environment
     default = WandbConfig().project
-    wished = {"dryrun": "offline"}.get(given.get("WANDB_MODE", ""), given.get("WANDB_MODE"))
-    mode = cast(WandbMode, wished) if wished in ("online", "offline", "disabled") else None
+    asked = {"dryrun": "offline"}.get(given.get("WANDB_MODE", ""), given.get("WANDB_MODE"))
+    wished = config.mode or ("offline" if config.offline else asked)
+    mode = cast(WandbMode, wished) if wished in WANDB_MODES else None
     own_id = run_id if config.resume else f"{run_id}-{secrets.token_hex(3)}"
     return Identity(
         project=config.project if config.project != default else given.get("WANDB_PROJECT") or default,
@@ -83,7 +84,7 @@ def identify(config: WandbConfig, run_name: str, run_id: str, environment: Mappi
         group=config.group or given.get("WANDB_RUN_GROUP") or None,
         tags=config.tags or tuple(tag.strip() for tag in given.get("WANDB_TAGS", "").split(",") if tag.strip()),
         notes=config.notes or given.get("WANDB_NOTES") or None,
-        mode="disabled" if not config.enabled else "offline" if config.offline else mode,
+        mode=mode if config.enabled else "disabled",
     )
 
 
@@ -125,11 +126,10 @@ class WandbSink:
     # What the training thread calls. None of it waits for wandb but `close`, which waits a bounded time.
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Mirror the metrics, with the step as a metric of its own; of others than validations, only the steps that
+        """Mirror the metrics, with the step as a metric of its own; of those that every log has, only at the steps that
         wandb.log_interval asks for."""
-        every = self._options.log_interval
-        if every is not None and step % every:
-            values = {name: value for name, value in values.items() if name not in _STEP_NAMES}
+        if self._holds_back(step):
+            values = {name: value for name, value in values.items() if not _is_of_steps(name)}
         if values:
             self._put(functools.partial(self._send_values, step, dict(values)))
 
@@ -148,7 +148,8 @@ class WandbSink:
         """Mirror a histogram: n counts between n + 1 edges. Raises ValueError where they do not fit."""
         if len(edges) != len(counts) + 1:
             raise ValueError(f"histogram {name}: {len(counts)} counts need {len(counts) + 1} edges, got {len(edges)}")
-        self._put(functools.partial(self._send_histogram, step, name, list(counts), list(edges)))
+        if not self._holds_back(step):
+            self._put(functools.partial(self._send_histogram, step, name, list(counts), list(edges)))
 
     def artifact(self, kind: str, name: str, paths: Sequence[Path]) -> None:
         """Upload files and folders as a version of the artifact `name`; a folder's name becomes an alias of it."""
@@ -169,6 +170,10 @@ class WandbSink:
             self._warn("wandb did not finish in time and is left behind; `wandb sync` uploads what it has on disk")
         with self._telling:
             self._closed = True
+
+    def _holds_back(self, step: int) -> bool:
+        every = self._options.log_interval
+        return every is not None and step % every > 0
 
     def _put(self, job: Callable[[], None]) -> None:
         with self._changed:
@@ -352,6 +357,12 @@ class WandbSink:
         with self._telling:
             if not self._closed:
                 self._tells.event(kind, **{name: _without_secrets(value) for name, value in fields.items()})
+
+
+@functools.cache
+def _is_of_steps(name: str) -> bool:
+    metric = find(name)
+    return metric is not None and metric.cadence is Cadence.STEP
 
 
 def _without_secrets(value: Any) -> Any:

@@ -13,7 +13,9 @@ from matplotlib.image import imread
 from bitmar.observability.records import read_lines
 from bitmar.observability.run_folder import read_series
 from bitmar.observability.schema import SCHEMA, STEP_METRIC
+from bitmar.observability.schema import charts as charts_of
 from tests.support.mirror import CANARY, LOGS, mirror, own_environment, records, rows, told, wandb_files
+from tests.support.runs import run_tool
 from tests.support.wandb_server import wandb_server
 
 OFFLINE = {"offline": True}
@@ -207,13 +209,29 @@ def test_online_the_address_is_told_and_two_starts_are_one_run(tmp_path: Path) -
     assert any(name.startswith("media/images/Plots/Losses") for name in server.uploads)
     first, _ = server.variables("upsertView")
     charts = set(re.findall(r'"metrics":\["([^"]+)"\]', first["spec"]))
-    assert charts == {metric.name for metric in SCHEMA} - {STEP_METRIC}
+    assert charts == {metric.name for metric, pattern in charts_of() if pattern is None} - {STEP_METRIC}
     told_of = [event for event in told(run_dir, "wandb") if "report" in event]
     assert len(told_of) == 2
     assert told(run_dir, "warning") == []
     assert CANARY not in printed + first["spec"]
     for path in (path for path in tmp_path.rglob("*") if path.is_file()):
         assert CANARY.encode() not in path.read_bytes(), path
+
+
+def test_a_report_of_a_run_that_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with wandb_server("answers") as server:
+        for name, value in own_environment(tmp_path / "home").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("WANDB_API_KEY", CANARY)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        done = run_tool("wandb_workspace.py", "team/bitmar", "--report", "abc123", "--name", "synced later")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(server.url)
+    sent = server.variables("upsertView")[0]
+    assert "BitMar: synced later" in str(sent)
+    assert all(text in sent["spec"] for text in ("abc123", '"Plots/losses"', "^Attention/Encoder_layer_.+_Entropy$"))
+    assert CANARY not in done.stdout + done.stderr + str(sent)
 
 
 def test_offline_parts_are_synced_into_one_run(tmp_path: Path) -> None:

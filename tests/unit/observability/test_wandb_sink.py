@@ -49,6 +49,9 @@ def test_without_either_it_is_the_run() -> None:
         (WandbConfig(), {"WANDB_MODE": "online"}, "online"),
         (WandbConfig(), {"WANDB_MODE": "disabled"}, "disabled"),
         (WandbConfig(), {"WANDB_MODE": "dryrun"}, "offline"),
+        (WandbConfig(mode="online"), {"WANDB_MODE": "offline"}, "online"),
+        (WandbConfig(mode="offline"), {"WANDB_MODE": "online"}, "offline"),
+        (WandbConfig(mode="disabled", offline=True), {}, "disabled"),
         (WandbConfig(), {"WANDB_MODE": "nonsense"}, None),
     ],
 )
@@ -113,14 +116,20 @@ def test_a_missing_image_and_a_wrong_histogram_are_named(tmp_path: Path) -> None
 def test_log_interval_holds_back_step_metrics_alone(tmp_path: Path) -> None:
     options = WandbConfig(log_every_n_steps=5, log_interval=20)
     sink = Unstarted(tmp_path, identify(options, "n", "id1", {}), {}, options, Told())
+    of_steps = {"Training/Loss": 1.0, "Data/Source_Share_web": 0.5, "System/Node_1_Memory_RSS": 3.0}
+    attention = {"Attention/Encoder_layer_9_Entropy": 1.5}
     for step in (5, 15, 20):
-        sink.log(step, {"Training/Loss": 1.0})
+        sink.log(step, of_steps | attention)
         sink.log(step, {"Validation/Loss": 2.0})
+        sink.histogram(step, "Gradients/Histogram_Encoder", [1, 2], [0, 1, 2])
     sent = [job.args for job in sink._jobs]  # type: ignore[attr-defined]
     assert sent == [
+        (5, attention),
         (5, {"Validation/Loss": 2.0}),
+        (15, attention),
         (15, {"Validation/Loss": 2.0}),
-        (20, {"Training/Loss": 1.0}),
+        (20, of_steps | attention),
         (20, {"Validation/Loss": 2.0}),
+        (20, "Gradients/Histogram_Encoder", [1, 2], [0, 1, 2]),
     ]
     sink.close()
