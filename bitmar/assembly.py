@@ -135,6 +135,7 @@ def assemble(
     for problem in start.passed_over:
         sinks.event("checkpoint_passed_over", problem=problem)
     if world.is_first:
+        guard.on_hang(lambda problem: sinks.event("hung", problem=problem))
         announce(run)
     return run
 
@@ -372,4 +373,5 @@ def announce(run: Run) -> None:
     code = code_version()
     data = "generated" if run.shards.generated else "given"
     start = {"step": run.progress.step, "world": run.world.size, "parameters": total, "phases": phases, "data": data}
-    run.sinks.event("start", **start, **code)
+    peak = {"peak_tflops": run.watch.peak_tflops} if run.watch.peak_tflops else {}  # of a device: Throughput/MFU's
+    run.sinks.event("start", **start, **peak, **code)

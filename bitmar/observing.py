@@ -78,6 +78,7 @@ def fill_losses(s: Statistics, result: StepResult, clip: float, ranks: int) -> N
     s.add("Training/Token_Accuracy", result.hits, tokens)
     norm = torch.as_tensor(result.gradient_norm)
     s.add("Gradients/Total_Norm", norm)
+    s.peak("Gradients/Total_Norm_Max", norm)
     s.add("Gradients/Clipped_Fraction", norm > clip)
     s.add("Memory/Writes", len(result.writes.slots))
     s.add("Memory/Blends", result.writes.blends)

@@ -86,7 +86,7 @@ def open_watch(
     matrices = tuple(matrix.name for matrix in engine.matrices)
     begins = [local_rank == 0 for local_rank in world.gather_objects(world.local_rank)]  # nodes may have unequal ranks
     nodes, node = sum(begins), sum(begins[: world.rank + 1]) - 1
-    bins = len(HISTOGRAM_EDGES) - 1 if config.wandb.log_histograms else 0
+    bins = len(HISTOGRAM_EDGES) - 1 if config.wandb.makes_histograms else 0
     layout = Layout(config.model, world.size, nodes, shards.source_names, matrices, bins)
     cadences = (Cadence.START, Cadence.STEP, Cadence.ATTENTION, Cadence.LATENTS)
     directory, wandb = config.run_directory, config.wandb

@@ -12,7 +12,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntFlag
 from pathlib import Path
 from types import FrameType
@@ -88,6 +88,11 @@ class Guard:
         `patience_s`: what the stage may take at least, where that is more than faults.hang_timeout_s."""
         if self._watchdog is not None:
             self._watchdog.beat(stage, step, patience_s)
+
+    def on_hang(self, tell: Callable[[str], None]) -> None:
+        """Have `tell` called with what is known of a hang, before the watchdog ends the process for it."""
+        if self._watchdog is not None:
+            self._watchdog.tell = tell
 
     def close(self) -> None:
         """Stop watching and give the signals back. Does not return where the watchdog is about to end the process."""

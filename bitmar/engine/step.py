@@ -76,7 +76,8 @@ def train_step(
     An observed step takes a census and keeps what else is told of it.
     """
     clock = clock or StepClock(world.device)
-    census = observe and (config.wandb.log_gradients or config.wandb.log_quantization)
+    wandb = config.wandb
+    census = observe and (wandb.log_gradients or wandb.log_quantization or wandb.makes_histograms)
     engine.keep_scales(census)
     weights = {name: weight for name, weight in phase.losses.items() if weight > 0}
     counts = _total(loss_counts(batch) for batch in batches)

@@ -13,6 +13,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -106,6 +107,7 @@ class Watchdog:
         self.ending = threading.Event()
         self._folder = run_directory / FOLDER
         self._pulses = pulses
+        self.tell: Callable[[str], None] | None = None  # of a hang, before the process ends
         self._pulse = Pulse(0, 0, "start-up", 0)
         self._patience_s = START_UP_S
         self._ticks = 0
@@ -148,6 +150,8 @@ class Watchdog:
         if tells:
             where = f"stacks: {self._folder}" if kept else f"{self._folder} cannot be written"
             print(f"error: {head}; {verdict}; {where}", file=sys.stderr, flush=True)
+        if self.tell is not None:  # on a thread of its own: what it tells may be what hangs
+            threading.Thread(target=self.tell, args=(f"{head}; {verdict}",), daemon=True).start()
         self._stay(2)  # while others still judge: rank 0 keeps the store, and all must be seen alive
         os._exit(HUNG)
 

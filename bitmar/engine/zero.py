@@ -84,7 +84,7 @@ class ZeroEngine:
         self.census: Census | None = None  # of the last step that took one
         self.matrices = matrices_of(model)
         self.watched = Watched()
-        self._histograms = config.wandb.log_histograms
+        self._histograms = config.wandb.makes_histograms
         self._adamw = config.optimizer
         self._parameters: list[tuple[str, Any]] = list(model.named_parameters())
         self._by_name = dict(self._parameters)

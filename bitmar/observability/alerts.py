@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-NORM_RANGE = (1e-3, 10.0)  # of Gradients/Total_Norm
+NORM_RANGE = (1e-3, 10.0)  # of Gradients/Total_Norm, and of the largest of the steps since the log before
 SLOW_FACTOR = 5.0  # times the median step of the latest logs
 LOGS_MIN = 5  # before a step is called slow
 LOGS_KEPT = 20
@@ -57,10 +57,11 @@ def _skipped(watch: Watch, values: Values) -> Alert | None:
 
 def _norm(watch: Watch, values: Values) -> Alert | None:
     low, high = NORM_RANGE
-    norm = values["Gradients/Total_Norm"]
-    if low <= norm <= high:  # never true of NaN
+    mean = values["Gradients/Total_Norm"]
+    most = values.get("Gradients/Total_Norm_Max", mean)
+    if low <= mean and most <= high:  # never true of NaN
         return None
-    text = f"Gradients/Total_Norm is {norm:.3g}, out of [{low:g}, {high:g}]"
+    text = f"the mean of the steps is {mean:.3g}, the largest {most:.3g}: out of [{low:g}, {high:g}]"
     return Alert("gradient_norm", "WARN", "gradient norm out of range", text)
 
 
@@ -117,6 +118,8 @@ def _told(kind: str, fields: Mapping[str, Any]) -> dict[str, Alert | None]:
     if kind == "checkpoint_failed":
         text = f"step {step}: {fields.get('problem')}"
         return {"checkpoint": Alert("checkpoint", "ERROR", "a checkpoint could not be written", text)}
+    if kind == "hung":
+        return {"hang": Alert("hang", "ERROR", "the run hangs and is ended", str(fields.get("problem")))}
     return {"checkpoint": None} if kind == "checkpoint" else {}
 
 

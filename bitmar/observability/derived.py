@@ -22,7 +22,7 @@ def derive(reduced: Reduced, layout: Layout, peak_tflops: float | None = None) -
     numbers = dict(reduced.numbers)
     numbers |= _attention(reduced.arrays, layout)
     numbers |= _quantization(reduced.arrays, layout.matrices)
-    for name in ("Samples", "Words", "Tokens"):
+    for name in ("Samples", "Words", "Tokens", "Padded_Tokens"):
         whole = numbers.get(f"Throughput/{name}_Per_Second")
         if whole is not None:
             numbers[f"Throughput/{name}_Per_Second_Per_GPU"] = whole / layout.ranks

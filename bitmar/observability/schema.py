@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -270,6 +270,7 @@ _QUANTIZATION = (
 )
 _GRADIENTS = (
     Metric("Gradients/Total_Norm", "1", _MEAN, _STEP, "global gradient norm before the clip, mean of steps"),
+    Metric("Gradients/Total_Norm_Max", "1", _MAX, _STEP, "the same, of the step where it was largest"),
     Metric("Gradients/Total_Mean", "1", _MEAN, _STEP, "of all gradient numbers, at the log's last step"),
     Metric("Gradients/Total_Std", "1", _STD, _STEP, "of all gradient numbers, at the log's last step"),
     Metric("Gradients/Total_Max", "1", _MAX, _STEP, "largest |gradient|, at the log's last step"),
@@ -299,6 +300,7 @@ _THROUGHPUT = (
     Metric("Throughput/Samples_Per_Second_Per_GPU", "samples/s", _DERIVED, _STEP, "of one rank, mean"),
     Metric("Throughput/Words_Per_Second_Per_GPU", "words/s", _DERIVED, _STEP, "of one rank, mean"),
     Metric("Throughput/Tokens_Per_Second_Per_GPU", "tokens/s", _DERIVED, _STEP, "of one rank, mean"),
+    Metric("Throughput/Padded_Tokens_Per_Second_Per_GPU", "tokens/s", _DERIVED, _STEP, "of one rank, mean"),
     Metric("Throughput/Step_Seconds", "s", _MEAN, _STEP, "time of an optimizer step"),
     *(
         Metric(f"Throughput/{part}_Seconds", "s", _MEAN, _STEP, meaning)
@@ -334,6 +336,10 @@ _SYSTEM = (
     Metric("System/Disk_Free", "bytes", _MIN, _STEP, "of the file system that holds the run"),
     Metric("System/Node_{node}_Memory_RSS", "bytes", _SUM, _STEP, "resident memory of the node's ranks together"),
     Metric("System/Node_{node}_CPU_Percent", "%", _SUM, _STEP, "of one core, of the node's ranks together"),
+    Metric("System/Node_{node}_Open_Files", "files", _MAX, _STEP, "file descriptors of the node's rank with most"),
+    Metric("System/Node_{node}_Disk_Free", "bytes", _MIN, _STEP, "of the file system that holds the run, seen there"),
+    Metric("System/Node_{node}_GPU_Memory_Peak", "bytes", _MAX, _STEP, "of its ranks; absent without a GPU"),
+    Metric("System/Node_{node}_GPU_Utilization_Max", "%", _MAX, _STEP, "of its devices; absent without a GPU"),
     Metric("System/Node_{node}_GPU_Memory_Percent", "%", _MAX, _STEP, "of its fullest device; absent without a GPU"),
 )
 _DATA = (
@@ -348,21 +354,39 @@ TEMPLATES: tuple[Metric, ...] = (
     *(*_GRADIENTS, *_MODEL, *_THROUGHPUT, *_SYSTEM, *_DATA),
 )
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_OF_A_RUN = frozenset(("encoder", "decoder", "fusion", "source", "node"))  # placeholders with other values in each run
 
 
 def schema_of(layout: Layout) -> tuple[Metric, ...]:
     """Every metric of a run. An array without elements is left out."""
     values, sizes = layout.values(), layout.sizes()
-    metrics = []
+    metrics = [metric for template in TEMPLATES for metric in _filled(template, values)]
+    shaped = [replace(metric, shape=tuple(sizes[axis] for axis in metric.of)) for metric in metrics]
+    return tuple(metric for metric in shaped if 0 not in metric.shape)
+
+
+def _filled(template: Metric, values: Mapping[str, list[str]]) -> Iterator[Metric]:
+    """A template with each value of its placeholders."""
+    keys = _PLACEHOLDER.findall(template.name)
+    for chosen in itertools.product(*(values[key] for key in keys)):
+        given = dict(zip(keys, chosen, strict=True))
+        of = tuple(_fill(axis, given) for axis in template.of)
+        yield replace(template, name=_fill(template.name, given), of=of)
+
+
+def charts() -> tuple[tuple[Metric, str | None], ...]:
+    """(metric, None) of each metric that has a name whatever the run, and (template, pattern of its names) of those
+    with one for each layer, source or node, which go into one chart. Arrays are left out."""
+    fixed, found = Layout().values(), list[tuple[Metric, str | None]]()
     for template in TEMPLATES:
         keys = _PLACEHOLDER.findall(template.name)
-        for chosen in itertools.product(*(values[key] for key in keys)):
-            given = dict(zip(keys, chosen, strict=True))
-            of = tuple(_fill(axis, given) for axis in template.of)
-            shape = tuple(sizes[axis] for axis in of)
-            if 0 not in shape:
-                metrics.append(replace(template, name=_fill(template.name, given), of=of, shape=shape))
-    return tuple(metrics)
+        if template.of:
+            continue
+        if _OF_A_RUN.isdisjoint(keys):
+            found += [(metric, None) for metric in _filled(template, fixed)]
+        else:
+            found.append((template, f"^{_PLACEHOLDER.sub('.+', template.name)}$"))
+    return tuple(found)
 
 
 def _fill(text: str, given: Mapping[str, str]) -> str:

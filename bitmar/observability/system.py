@@ -59,31 +59,32 @@ class SystemProbe:
 
     def fill(self, statistics: Statistics) -> None:
         """Show what is so now. A GPU's metrics stay empty where there is none, a node's where there is one alone."""
-        rss, cpu = self._process.memory_info().rss, self._process.cpu_percent()
+        process, node = self._process, f"System/Node_{self._node}_"
+        rss, cpu = process.memory_info().rss, process.cpu_percent()
+        several = f"{node}Memory_RSS" in statistics
+        places = ["System/", node] if several else ["System/"]
         statistics.peak("System/Memory_RSS", rss)
         statistics.peak("System/CPU_Percent", cpu)
-        statistics.peak("System/Open_Files", self._process.num_fds())
-        if self._run_dir.exists():
-            statistics.peak("System/Disk_Free", shutil.disk_usage(self._run_dir).free)
-        node = f"System/Node_{self._node}_"
-        several = f"{node}Memory_RSS" in statistics
         if several:
             statistics.add(f"{node}Memory_RSS", rss)
             statistics.add(f"{node}CPU_Percent", cpu)
+        for place in places:
+            statistics.peak(f"{place}Open_Files", process.num_fds())
+            if self._run_dir.exists():
+                statistics.peak(f"{place}Disk_Free", shutil.disk_usage(self._run_dir).free)
         if self._device.type == "cuda":
-            percent = self._fill_gpu(statistics)
-            if several:
-                statistics.peak(f"{node}GPU_Memory_Percent", percent)
+            self._fill_gpu(statistics, places)
 
-    def _fill_gpu(self, statistics: Statistics) -> float:
+    def _fill_gpu(self, statistics: Statistics, places: list[str]) -> None:
         device = self._device
         free, total = torch.cuda.mem_get_info(device)
         percent, busy = 100 * (1 - free / total), _utilization(device)
         statistics.peak("System/GPU_Memory_Allocated", torch.cuda.memory_allocated(device))
         statistics.peak("System/GPU_Memory_Reserved", torch.cuda.memory_reserved(device))
-        statistics.peak("System/GPU_Memory_Peak", torch.cuda.max_memory_allocated(device))
-        statistics.peak("System/GPU_Memory_Percent", percent)
+        for place in places:
+            statistics.peak(f"{place}GPU_Memory_Peak", torch.cuda.max_memory_allocated(device))
+            statistics.peak(f"{place}GPU_Memory_Percent", percent)
+            if busy is not None:
+                statistics.peak(f"{place}GPU_Utilization_Max", busy)
         if busy is not None:
-            statistics.peak("System/GPU_Utilization_Max", busy)
             statistics.add("System/GPU_Utilization_Mean", busy)
-        return percent

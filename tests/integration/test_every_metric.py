@@ -60,7 +60,11 @@ CASES = [
     *((stage, f"ds_configs/zero{stage}-offload.json", 4) for stage in (2, 3)),
 ]
 SECONDS = ({"Data": 0.5, "Forward": 2.0, "Backward": 3.0}, {"Data": 0.1, "Forward": 6.0, "Update": 1.0, "Logging": 0.2})
-GPU = [t.name for t in TEMPLATES if "GPU_" in t.name]  # absent without one
+GPU = [  # absent without one
+    *(f"System/GPU_Memory_{figure}" for figure in ("Allocated", "Reserved", "Peak", "Percent")),
+    *(f"System/GPU_Utilization_{figure}" for figure in ("Max", "Mean")),
+    *(f"System/Node_{{node}}_GPU_{figure}" for figure in ("Memory_Peak", "Memory_Percent", "Utilization_Max")),
+]
 
 
 def config_of(ds_config: str, micro: int) -> Config:
@@ -691,6 +695,7 @@ CHECKS: dict[str, Check] = {
         -sum(p * math.log2(p) for p in (mean_of((j.ternary(None)[0] == v).double()) for v in (-1, 0, 1)))
     ),
     G + "Total_Norm": lambda j: float(j.gradients(None).norm()),
+    G + "Total_Norm_Max": lambda j: float(j.gradients(None).norm()),
     G + "Total_Mean": lambda j: mean_of(j.gradients(None)),
     G + "Total_Std": lambda j: float(j.gradients(None).std(correction=0)),
     G + "Total_Max": lambda j: float(j.gradients(None).abs().max()),
@@ -715,6 +720,7 @@ CHECKS: dict[str, Check] = {
     "Throughput/Samples_Per_Second_Per_GPU": lambda j: j.rate(0) / 2,
     "Throughput/Words_Per_Second_Per_GPU": lambda j: j.rate(1) / 2,
     "Throughput/Tokens_Per_Second_Per_GPU": lambda j: j.rate(2) / 2,
+    "Throughput/Padded_Tokens_Per_Second_Per_GPU": lambda j: 8 * 12 * (1 / 4 + 1 / 5),
     "Throughput/Step_Seconds": lambda j: 9.0 / 2,
     "Throughput/Data_Seconds": lambda j: 0.6 / 2,
     "Throughput/Forward_Seconds": lambda j: 8.0 / 2,
@@ -731,6 +737,8 @@ CHECKS: dict[str, Check] = {
     "System/Open_Files": lambda j: max(j.told["process"][1]),
     "System/Disk_Free": lambda j: psutil.disk_usage("/tmp").free,
     "System/Node_{node}_Memory_RSS": lambda j, node: j.told["process"][0][int(node)],
+    "System/Node_{node}_Open_Files": lambda j, node: j.told["process"][1][int(node)],
+    "System/Node_{node}_Disk_Free": lambda j, node: psutil.disk_usage("/tmp").free,
     "System/Node_{node}_CPU_Percent": lambda j, node: j.told["numbers"][f"System/Node_{node}_CPU_Percent"],
     "Data/Wait_Seconds": lambda j: 0.25,
     "Data/Padding_Efficiency": lambda j: j.tokens / (RANKS * 8 * 12),

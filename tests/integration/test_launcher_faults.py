@@ -122,3 +122,5 @@ def test_a_stopped_rank_ends_the_run_with_the_watchdogs_code(tmp_path: Path, tin
         assert "rank 1 does not answer" in text
         assert "Traceback" not in text
         assert "train.py" in (started.run / "hangs" / "rank_0.txt").read_text()
+        (alert,) = [event for event in started.events("alert") if event["title"] == "the run hangs and is ended"]
+        assert "rank 1 does not answer" in str(alert["text"])

@@ -11,6 +11,7 @@ from bitmar.observability.records import read_lines
 from bitmar.observability.sinks import AlertSink, JsonlSink
 
 GIB = 2**30
+OTHERS = {"Gradients/Total_Norm_Max": {"Gradients/Total_Norm": 1.0}}  # what a log has beside
 STEADY = {"Throughput/Step_Seconds": 1.0, "Data/Wait_Seconds": 0.1}
 
 
@@ -33,11 +34,12 @@ def kinds(
         ("Attention/Dead_Heads", [0, 2, 2, 1, 3], [0, 1, 0, 0, 1]),
         ("Gradients/Total_Norm", [1.0, 10.0, 10.5, 40.0, 5.0, 11.0], [0, 0, 1, 0, 0, 1]),
         ("Gradients/Total_Norm", [1e-3, 9e-4, math.nan, 1.0, math.nan], [0, 1, 0, 0, 1]),
+        ("Gradients/Total_Norm_Max", [5.0, 11.0, 12.0, 9.0, math.nan], [0, 1, 0, 0, 1]),
         ("System/Disk_Free", [6 * GIB, 5 * GIB - 1, 4 * GIB, 5 * GIB, GIB], [0, 1, 0, 0, 1]),
     ],
 )
 def test_an_alert_is_given_once_until_it_clears(name: str, levels: list[float], told: list[int]) -> None:
-    assert [len(alerts) for alerts in kinds([{name: level} for level in levels])] == told
+    assert [len(alerts) for alerts in kinds([OTHERS.get(name, {}) | {name: level} for level in levels])] == told
 
 
 def test_a_log_without_the_metric_clears_nothing() -> None:
@@ -72,6 +74,11 @@ def test_events_are_told_at_once_and_the_log_after_them_does_not_repeat() -> Non
         [{}, {"Training/Skipped_Updates": 1}, {}, {}, {}, {}],
         events=[skipped, {}, failed, failed, {"checkpoint": {"step": 20}}, failed],
     ) == [["skipped_updates"], [], ["checkpoint"], [], [], ["checkpoint"]]
+
+
+def test_a_hang_is_told_with_what_is_known_of_it() -> None:
+    (alert,), _ = find_alerts(Watch(), {}, {"hung": {"problem": "rank 1 does not answer"}})
+    assert (alert.kind, alert.level, alert.text) == ("hang", "ERROR", "rank 1 does not answer")
 
 
 def test_titles_fit_into_wandb_and_texts_hold_the_numbers() -> None:
