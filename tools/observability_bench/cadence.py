@@ -15,6 +15,7 @@ import torch
 from bitmar import probing, train
 from bitmar.assembly import Run, assemble, open_loader
 from bitmar.config import Config
+from bitmar.engine.census import histograms
 from bitmar.engine.faults import Guard
 from bitmar.engine.world import World
 from bitmar.observability.probes import gates_of
@@ -70,6 +71,7 @@ def cadence_rows(bench: Bench) -> Iterator[Row]:
             watched.close()
             off.close()
     yield _pass_row(bench)
+    yield _histogram_row(bench)
 
 
 def _group(bench: Bench, recipe: str, way: str) -> Group:
@@ -163,6 +165,24 @@ def _pass_row(bench: Bench) -> Row:
     }
 
 
+def _histogram_row(bench: Bench) -> Row:
+    """What wandb.log_histograms adds to a log, against a step; it is off unless asked for."""
+    recipe = "demo" if bench.quick else "bitmar-14m"
+    group = Group(_counting_rank, 1, bench.config(recipe, f"{recipe}-histograms", "training.precision=fp32", *OFF))
+    rounds = [group.ask("count")[0] for _ in range(3)]
+    group.close()
+    counted, step = (median(side) for side in zip(*rounds, strict=True))
+    return {
+        "name": f"observability cadence: histograms of a log, against a step ({recipe}, 1 rank, {bench.records.kind})",
+        "ours": round(counted, 4),
+        "theirs": round(step, 4),
+        "ratio": round(counted / step, 4),
+        "unit": "s",
+        "bar": None,
+        "ok": None,
+    }
+
+
 @dataclass(frozen=True)
 class Taken:
     """What a rank tells of its steps."""
@@ -197,6 +217,17 @@ def _passing_rank(world: World, link: Connection, config: Config) -> None:
                 work()
             taken.append((time.perf_counter() - began) / passes)
         link.send(tuple(taken))
+    run.sinks.close(0)
+
+
+def _counting_rank(world: World, link: Connection, config: Config) -> None:
+    run = assemble(config, world, Beats())
+    while link.recv():
+        taken = train_steps(run, 2)
+        began = time.perf_counter()
+        for _ in ("gradients", "weights"):  # of which there are as many
+            histograms(run.engine.fragments(), "model", world.device)
+        link.send((time.perf_counter() - began, (taken.wall[1] - taken.wall[0]) / 2))
     run.sinks.close(0)
 
 
