@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from bitmar.observability.board import Board, append, cut_torn, read_records
 from bitmar.observability.probes import Caption
 from bitmar.watch_config import AttentionAnalysisConfig
 from tests.support.picture_runs import PICTURES, Size, head_pictures, write_run
+from tests.support.processes import processes_of
 
 
 def steps(path: Path) -> list[int]:
@@ -82,19 +81,33 @@ def test_a_drawing_that_fails_is_a_problem(tmp_path: Path) -> None:
     assert "no metrics to plot" in problem
 
 
-@pytest.mark.parametrize("error", [OSError("no nice"), subprocess.TimeoutExpired("python", 5)])
-def test_a_drawing_that_cannot_start_or_end_is_a_problem(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def run(*_: Any, **__: Any) -> None:
-        raise error
+STANDS_STILL = """#!/bin/sh
+kill -STOP $$
+"""
 
-    monkeypatch.setattr(board.subprocess, "run", run)
+
+@pytest.mark.parametrize(
+    ("starter", "told"), [(None, "FileNotFoundError"), (STANDS_STILL, "TimeoutExpired")], ids=["start", "end"]
+)
+def test_a_drawing_that_cannot_start_or_end_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starter: str | None, told: str
+) -> None:
+    """`nice`, which starts it, is not there, or stands still until it is killed."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    if starter is not None:
+        (programs / "nice").write_text(starter)
+        (programs / "nice").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setattr(board, "DRAW_S", 0.2)
     taken = Board(tmp_path, str, ())
     taken.draw(1)
     taken.take(2, {}, {"usage": np.arange(5.0)})  # goes on
     taken.close()
-    assert len(list(taken.problems())) == 1
+    (problem,) = taken.problems()
+    assert told in problem
+    assert list(taken.pictures()) == []
+    assert processes_of(str(tmp_path)) == []
     assert steps(tmp_path / "plots" / "data" / "memory.npys") == [2]
 
 
