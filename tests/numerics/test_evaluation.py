@@ -5,24 +5,30 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bitmar.batch import IGNORE, Batch
 from bitmar.engine.world import World
 from bitmar.evaluation.choices import distractor_scores, minimal_pair_scores, vqa_scores, winoground, winoground_scores
 from bitmar.evaluation.likelihood import Candidate, Choice, Image, is_right, log_probabilities
-from bitmar.evaluation.perplexity import RIGHT, perplexity_scores, score, without_vision
+from bitmar.evaluation.perplexity import POOL, RIGHT, perplexity_scores, score, validate, without_vision
 from bitmar.evaluation.quantization import rounding_tables, unrounded, weight_scores
 from bitmar.evaluation.scores import joined
 from bitmar.model.bitmar import BitMar
+from bitmar.model.memory import MemoryState
 from bitmar.model.quantize import BitLinear, quantize_activations
+from bitmar.observability.reduce import reduce
+from bitmar.observability.stats import Statistics
+from shards.rows import Rows
 from shards.tokenizer import BOS
-from tests.support.batches import VOCABULARY, caption_batch, filled_memory, logits_of, rows_of, small_model
+from tests.support.batches import VOCABULARY, caption_batch, filled_memory, logits_of, rows_of, slice_batch, small_model
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 WIDTH = 24
@@ -156,6 +162,82 @@ def test_losses_of_captions(vision: bool) -> None:
             torch.testing.assert_close(sums.table[int(batch.rows[row])], expected, atol=1e-4, rtol=1e-5)
     assert sums.table.shape == (15, 3)
     assert float(sums.tokens) == sum(int((b.targets != IGNORE).sum()) for b in batches)
+
+
+TOTALS = [100, POOL, POOL + 1, 700]
+TEXT, VISION = (torch.randn(720, 5, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+OF_IMAGE = torch.arange(720) % 90  # 8 captions each, whose image is one
+
+
+def planted(batch: Batch, memory: MemoryState) -> Any:
+    """Outputs of a model whose latents are known: of every third row the caption's is that of its image."""
+    vision = VISION[OF_IMAGE[batch.rows]]
+    text = torch.where((batch.rows % 3 == 0)[:, None], vision, TEXT[batch.rows])
+    nothing = torch.zeros(batch.tokens.shape)
+    return SimpleNamespace(token_losses=nothing, hits=nothing, text_latent=text, vision_latent=vision)
+
+
+def held_out_rows(total: int, size: int) -> list[Rows]:
+    """`total` captions in batches of `size`; the last one is filled up with rows that do not count."""
+    whole = caption_batch(rows=-(-total // size) * size)
+    valid = whole.rows < total
+    targets = whole.targets.masked_fill(~valid[:, None], IGNORE)
+    ids = (1 + OF_IMAGE[whole.rows]) * valid
+    whole = whole.replace(valid=valid, has_vision=valid, image_ids=ids, targets=targets)
+    starts = range(0, len(valid), size)
+    return [rows_of(slice_batch(whole, start, start + size), [0] * size) for start in starts]
+
+
+def pool_of(total: int) -> list[int]:
+    """The first of each of POOL parts of the rows; all where there are fewer."""
+    return list(range(total)) if total < POOL else [math.ceil(part * total / POOL) for part in range(POOL)]
+
+
+@pytest.mark.parametrize("total", TOTALS)
+def test_the_pool_of_retrieval_is_the_same_however_rows_are_spread(total: int) -> None:
+    """Over batches of any size and order, and over ranks, whose pools are added up."""
+    memory = MemoryState.empty(7, 16)
+
+    def latents(batches: list[Rows]) -> tuple[Tensor, ...]:
+        return score(planted, batches, total, memory, ALONE, pool=True).latents
+
+    text, vision, ids, counted = latents(held_out_rows(total, 720))
+    chosen = planted(Batch.from_rows(held_out_rows(total, 720)[0], ALONE.device), memory)
+    pool = pool_of(total)
+    assert int(counted.sum()) == len(pool) == min(total, POOL)
+    assert torch.equal(text[counted], chosen.text_latent[pool])
+    assert torch.equal(vision[counted], chosen.vision_latent[pool])
+    assert torch.equal(ids[counted], 1 + OF_IMAGE[pool])
+    small = held_out_rows(total, 8)
+    mine, other = latents(small[::2]), latents(small[1::2])
+    for spread in (latents(small), latents(small[::-1]), tuple(a + b for a, b in zip(mine, other, strict=True))):
+        assert all(map(torch.equal, spread, (text, vision, ids, counted)))
+
+
+class HeldOut:
+    """Captions as a validation set gives them."""
+
+    def __init__(self, batches: list[Rows], total: int) -> None:
+        self.rows, self._batches = total, batches
+
+    def batches(self, vision: str = "right") -> list[Rows]:
+        return self._batches
+
+
+@pytest.mark.parametrize("total", TOTALS)
+def test_retrieval_is_that_of_the_pool(total: int) -> None:
+    """By a plain search, one caption at a time."""
+    statistics = Statistics()
+    captions: Any = HeldOut(held_out_rows(total, 8), total)
+    validate(planted, captions, None, MemoryState.empty(7, 16), ALONE, statistics)
+    found = reduce(statistics, ALONE).numbers["Validation/Retrieval_R1"]
+    own, pool = 0, pool_of(total)
+    for row in pool:
+        text = VISION[OF_IMAGE[row]] if row % 3 == 0 else TEXT[row]
+        nearest = int(F.cosine_similarity(text[None], VISION[OF_IMAGE[pool]]).argmax())
+        own += int(OF_IMAGE[pool[nearest]] == OF_IMAGE[row])
+    assert found == pytest.approx(own / len(pool))
+    assert 0.2 < found < 0.9
 
 
 def test_scores_of_losses() -> None:
