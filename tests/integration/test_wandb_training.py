@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from bitmar.config import load_config
 from bitmar.engine.faults import STOPPED
 from bitmar.observability.records import read_lines
-from bitmar.observability.schema import STEP_METRIC
+from bitmar.observability.schema import STEP_METRIC, Cadence, Layout, Metric, schema_of
 from bitmar.version import code_version
+from shards.loader import ShardSet
 from tests.support.mirror import CANARY, home_variables, own_environment, records, rows, told, wandb_files
 from tests.support.processes import wait_for
 from tests.support.runs import ROOT, STEPS, newest, recipe, write_recipe
@@ -47,18 +50,65 @@ def as_mirrored(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name not in ("time", "nonfinite") and value is not None}
 
 
+def every(steps: int, first: int | None = None) -> list[int]:
+    return list(range(steps if first is None else first, STEPS + 1, steps))
+
+
+PAIRS = ("phases.1.mix={pairs: 1.0}", "phases.2.mix={pairs: 1.0}")  # after the phase of text
+DUE = {  # of a run that logs every second step, and at those of probes and checkpoints
+    Cadence.START: [0],
+    Cadence.STEP: sorted({*every(2), *every(5)}),
+    Cadence.ATTENTION: every(5),
+    Cadence.LATENTS: every(10),
+    Cadence.VALIDATION: every(5, first=0),
+    Cadence.EVALUATION: every(10),
+}
+ALWAYS, TEXT, BEFORE_MEMORY = every(1, first=0), range(5), range(9)
+LEFT_OUT = (  # which metrics, at which of their steps, and why
+    ("System/GPU_.+", ALWAYS, "there is no GPU"),
+    ("Throughput/MFU", ALWAYS, "the peak of a CPU is not known"),
+    ("Training/Loss(_Share)?_Contrastive", TEXT, "the phase of text has no such loss"),
+    ("Training/Loss(_Share)?_Recall", BEFORE_MEMORY, "the phases before have no such loss"),
+    ("Memory/Recall_Cosine_.+", BEFORE_MEMORY, "nothing is recalled without that loss"),
+    ("Memory/Write_Norm", BEFORE_MEMORY, "nothing is written"),
+    ("Attention/Memory_Mean", BEFORE_MEMORY, "the memory is empty"),
+    ("Features/(Vision|Episode)_(Mean|Std|Min|Max|Norm)", TEXT, "text has no image"),
+    ("Quantization/Flips_.+", [2], "the first census has none before it"),
+    ("Training/Loss_Trend", [2, 5, 10], "the first log of a phase makes no trend"),
+    ("Training/Validation_Ratio", [0], "nothing has been trained"),
+)
+
+
+def due_steps(metric: Metric) -> list[int]:
+    """The steps at which the run above is to log a metric."""
+    absent = {step for pattern, steps, _ in LEFT_OUT if re.fullmatch(pattern, metric.name) for step in steps}
+    return [] if metric.of else [step for step in DUE[metric.cadence] if step not in absent]
+
+
+def at_wrong_steps(
+    mirrored: list[dict[str, Any]], schema: tuple[Metric, ...]
+) -> dict[str, tuple[list[int], list[int]]]:
+    """The steps of (its rows, those that it was due at) of each metric where they differ."""
+    found = {m.name: [row[STEP_METRIC] for row in mirrored if m.name in row] for m in schema if m.name != STEP_METRIC}
+    due = {metric.name: due_steps(metric) for metric in schema}
+    return {name: (steps, due[name]) for name, steps in found.items() if steps != due[name]}
+
+
 def test_a_training_is_mirrored_line_by_line(tmp_path: Path, tiny_shards: Path) -> None:
-    """Every key at its cadence, config and code version; checkpoints and plots where asked for."""
+    """Every metric at the steps of its cadence, config and code version; checkpoints and plots where asked for."""
     wandb = {"offline": True, "log_model_checkpoints": True, "create_plots": True}
+    wandb |= {"log_every_n_steps": 2, "attention_log_interval": 5, "pca_log_interval": 10}
     path, run_dir = write_run(tmp_path, tiny_shards, "whole", **wandb), tmp_path / "runs" / "whole"
-    with trainers(path, 1, extra={0: home_variables(tmp_path / "home")}) as started:
+    with trainers(path, 1, *PAIRS, extra={0: home_variables(tmp_path / "home")}) as started:
         assert started.codes() == [0], started.said(0)
-    assert complete(run_dir)
     (file,) = wandb_files(run_dir)
     logged = [as_mirrored(line) for line in read_lines(run_dir / "metrics.jsonl")]
     mirrored = [{k: v for k, v in row.items() if not k.startswith("_")} for row in rows(file)]
     mirrored = [row for row in mirrored if not any(name.endswith("/_type") for name in row)]
     assert mirrored == logged
+    schema = schema_of(Layout(load_config(path).model, sources=ShardSet.open(tiny_shards).source_names))
+    assert {name for row in mirrored for name in row} <= {metric.name for metric in schema}
+    assert at_wrong_steps(mirrored, schema) == {}
     (run,) = records(file, "run")
     assert 'key: "code"' in str(run.config)
     code = code_version(ROOT)
