@@ -7,7 +7,6 @@ import math
 import os
 import random
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,22 @@ import torch
 import torch.distributed
 from torch.multiprocessing.spawn import spawn
 
-from bitmar.config import WandbConfig
-from bitmar.observability.reduce import reduce
+from bitmar import observing, train
+from bitmar.assembly import Run
+from bitmar.config import Config, WandbConfig
+from bitmar.engine.world import World
+from bitmar.observability.reduce import payload, reduce
 from bitmar.observability.run_folder import read_series
 from bitmar.observability.schema import SCHEMA, Cadence, Metric, Reduction
 from bitmar.observability.sinks import open_sinks
 from bitmar.observability.stats import Statistics
+from tests.support.ranks import run_ranks
+from tests.support.runs import STEPS, tiny_config
 
 WORLD_SIZE = 2
 FILLED = [metric for metric in SCHEMA if metric.reduction is not Reduction.DERIVED]
 LEAST = Metric("Data/Least", "1", Reduction.MIN, Cadence.STEP, "the schema has no minimum of its own")
 Fill = list[tuple[float, float]]  # (value, count) by step
-
-
-@dataclass(frozen=True)
-class World:
-    size: int
-    rank: int
 
 
 def fills(rank: int) -> dict[str, Fill]:
@@ -81,23 +79,28 @@ def filled(rank: int) -> Statistics:
     return stats
 
 
+def watch_all_reduces() -> list[tuple[str, int]]:
+    """(operation, numbers) of every all-reduce of this process from now on."""
+    original, calls = torch.distributed.all_reduce, list[tuple[str, int]]()
+
+    def counted(tensor: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM, *rest: Any, **named: Any) -> Any:
+        calls.append((str(op).rpartition(".")[2], tensor.numel()))
+        return original(tensor, op, *rest, **named)
+
+    torch.distributed.all_reduce = counted
+    return calls
+
+
 def rank_main(rank: int, port: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE
     )
-    original, calls = torch.distributed.all_reduce, []
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        calls.append(arguments)
-        return original(*arguments, **options)
-
-    torch.distributed.all_reduce = counted
-    world, stats = World(WORLD_SIZE, rank), filled(rank)
+    calls = watch_all_reduces()
+    world, stats = World(rank, WORLD_SIZE, rank, WORLD_SIZE, torch.device("cpu")), filled(rank)
     result = reduce(stats, world)
-    sent = [len(arguments[0]) for arguments in calls]
-    collectives = len(calls)
+    sent = list(calls)
 
     stats.reset()
     empty = reduce(stats, world).numbers
@@ -119,7 +122,6 @@ def rank_main(rank: int, port: int, folder: str) -> None:
     report = {
         "result": result.numbers,
         "sent": sent,
-        "collectives": collectives,
         "empty": empty,
         "trouble": trouble,
         "least": least_result,
@@ -156,9 +158,10 @@ def test_least_of_both_ranks(two_ranks: tuple[Path, list[dict[str, Any]]]) -> No
     assert [report["least"] for report in two_ranks[1]] == [{LEAST.name: 2.0}] * 2
 
 
-def test_two_collectives_and_the_same_keys(two_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_collective_an_operation_and_the_same_keys(two_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    added, extremes = payload(filled(0))
     for report in two_ranks[1]:
-        assert report["collectives"] <= 2
+        assert report["sent"] == [["SUM", len(added)], ["MAX", len(extremes)]]
         assert set(report["result"]) == {metric.name for metric in FILLED}
         assert report["empty"] == {}
 
@@ -176,3 +179,25 @@ def test_only_rank_0_writes(two_ranks: tuple[Path, list[dict[str, Any]]]) -> Non
     series = read_series(run_dir / "metrics.jsonl")
     assert set(series) == {metric.name for metric in FILLED}
     assert all(len(steps) == 1 for steps, _ in series.values())
+
+
+def operations_of_logs(world: World, config: Config) -> list[list[str]]:
+    """The all-reduces of each log of a run."""
+    calls, logs = watch_all_reduces(), list[list[str]]()
+
+    def log(run: Run) -> None:
+        before = len(calls)
+        observing.log(run)
+        logs.append([operation for operation, _ in calls[before:]])
+
+    train.log = log
+    train.train(config, world)
+    return logs
+
+
+@pytest.mark.slow
+def test_a_log_of_a_run_is_a_collective_an_operation(tmp_path: Path, tiny_shards: Path) -> None:
+    """Whatever it tells of: three phases, probes, latents, histograms. BOR: whether any rank has met damage."""
+    config = tiny_config(tmp_path, tiny_shards, tmp_path / "runs", "run", "wandb.log_histograms=true")
+    for logs in run_ranks(WORLD_SIZE, tmp_path / "ranks", operations_of_logs, config):
+        assert logs == [["BOR", "SUM", "MAX"]] * STEPS

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from bitmar import observing
 from bitmar.assembly import Run, assemble
 from bitmar.config import Config, load_config
-from bitmar.engine.census import matrices_of
+from bitmar.engine.census import HISTOGRAM_EDGES, matrices_of
 from bitmar.engine.schedule import Rates, rates_at
 from bitmar.engine.world import World
 from bitmar.model.bitmar import BitMar
@@ -52,7 +52,7 @@ def collective_rows(bench: Bench) -> Iterator[Row]:
         "by_operation": told,
     }
     recipe = load_config(ROOT / "launch" / "recipes" / "bitmar-700m.yaml")
-    size = _payload_bytes(recipe, MANY_RANKS)
+    size = payload_bytes(recipe, MANY_RANKS)
     yield {
         "name": f"observability collectives: bytes a rank sends a log step, {MANY_RANKS} ranks (bitmar-700m, counted)",
         "ours": size,
@@ -122,11 +122,13 @@ def memory_rows(bench: Bench) -> Iterator[Row]:
         }
 
 
-def _payload_bytes(config: Config, ranks: int) -> int:
+def payload_bytes(config: Config, ranks: int) -> int:
+    """What a rank of so many sends at a log of a recipe that reads eight sources."""
     with torch.device("meta"):
         model = BitMar(config.model)
     matrices = tuple(matrix.name for matrix in matrices_of(model))
-    layout = Layout(config.model, ranks, ranks // RANKS_A_NODE, tuple("abcdefgh"), matrices)
+    bins = len(HISTOGRAM_EDGES) - 1 if config.wandb.log_histograms else 0
+    layout = Layout(config.model, ranks, ranks // RANKS_A_NODE, tuple("abcdefgh"), matrices, bins)
     return sum(part.numel() * part.element_size() for part in payload(Statistics(schema_of(layout))))
 
 

@@ -8,10 +8,13 @@ import psutil
 import pytest
 import torch
 
+from bitmar.config import load_config
 from bitmar.observability.reduce import payload, reduce
 from bitmar.observability.schema import Cadence, Layout, Metric, Reduction, schema_of
 from bitmar.observability.stats import Statistics
 from bitmar.observability.system import SystemProbe
+from tests.support.runs import ROOT
+from tools.observability_bench.costs import payload_bytes
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,15 @@ def test_the_system_metrics_are_of_this_process(tmp_path: Path) -> None:
     assert result["System/Memory_RSS"] == pytest.approx(psutil.Process().memory_info().rss, rel=0.2)
     assert result["System/Disk_Free"] == pytest.approx(psutil.disk_usage(str(tmp_path)).free, rel=0.1)
     assert 0 < result["System/Open_Files"] < 10_000
+
+
+def test_a_log_of_many_ranks_is_small() -> None:
+    """What each of 1,024 sends of the largest recipe, of which 8 KiB are times of ranks; with histograms too."""
+    path = ROOT / "launch/recipes/bitmar-700m.yaml"
+    plain, more = (
+        payload_bytes(load_config(path, [f"wandb.log_histograms={wish}"]), 1024) for wish in ("false", "true")
+    )
+    assert 8 * 1024 < plain < more <= 64 * 1024
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
