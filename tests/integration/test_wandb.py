@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from bitmar.observability.run_folder import read_series
 from bitmar.observability.schema import SCHEMA, STEP_METRIC
 from bitmar.observability.schema import charts as charts_of
 from tests.support.mirror import CANARY, LOGS, mirror, own_environment, records, rows, told, wandb_files
+from tests.support.processes import wait_for
 from tests.support.runs import run_tool
-from tests.support.wandb_server import wandb_server
+from tests.support.wandb_server import Useless, wandb_server
 
 OFFLINE = {"offline": True}
 
@@ -276,3 +278,41 @@ def test_training_waits_for_no_server(tmp_path: Path) -> None:
         printed = mirror(tmp_path / "run", tmp_path / "home", HANGING, wandb={"enabled": False}, environment=key)
     assert printed.count("does not keep up") == 1
     assert printed.count("did not finish in time") == 1
+
+
+TURNED = """
+import itertools, time
+from bitmar.engine.world import leave
+
+for step in itertools.count(1):
+    sink.log(step, {"Training/Loss": 1.0})
+    if (run_dir / "turned").exists():
+        break
+    time.sleep(0.1)
+for later in range(step + 1, step + 21):
+    sink.log(later, {"Training/Loss": 1.0})
+    time.sleep(0.1)
+sink.close(0)
+leave(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hangs", *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("closed", "500"))])
+def test_a_server_that_turns_bad_costs_a_warning(tmp_path: Path, kind: Useless) -> None:
+    """Once it has taken logs; wandb by itself would try for hours. What was not sent is in the run's .wandb file."""
+    run_dir = tmp_path / "run"
+    with wandb_server("answers") as server, ThreadPoolExecutor() as pool:
+        key = {"WANDB_API_KEY": CANARY, "WANDB_BASE_URL": server.url}
+        logged = pool.submit(mirror, run_dir, tmp_path / "home", TURNED, environment=key)
+        assert wait_for(lambda: any(list(server.history.values())))
+        server.turn(kind)
+        (run_dir / "turned").touch()
+        logged.result()
+    steps = [line[STEP_METRIC] for line in read_lines(run_dir / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(server.history["abc123"]) + 20 <= len(steps)
+    (file,) = run_dir.glob("wandb/run-*/*.wandb")
+    assert [row[STEP_METRIC] for row in rows(file, killed=True)] == steps
+    (warning,) = told(run_dir, "warning")
+    assert "wandb is given up for this run" in warning["message"]

@@ -1,5 +1,5 @@
 """Stand-ins of a wandb server on the loopback interface: of no use (nobody listens, it never answers, or answers 500),
-or one that takes what the real client sends and keeps it."""
+or one that takes what the real client sends and keeps it, until it is told to be of no use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,12 +22,20 @@ class WandbServer:
     """Where it is, the paths that it was asked for, and what it keeps where it answers."""
 
     url: str = ""
+    kind: Useless | Literal["answers"] = "answers"
     asked: list[str] = field(default_factory=list)
     operations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # of GraphQL: (name, variables)
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows by the run's id
     uploads: dict[str, int] = field(default_factory=dict)  # bytes by the file's name
     stopped: bool = False  # whether the run's page has been asked to stop it
+    close: Callable[[], None] = lambda: None  # stop listening
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def turn(self, kind: Useless) -> None:
+        """Be of no use from now on."""
+        self.kind = kind
+        if kind == "closed":
+            self.close()
 
     def variables(self, operation: str) -> list[dict[str, Any]]:
         """What was asked with an operation, in order."""
@@ -90,17 +98,19 @@ def wandb_server(kind: Useless | Literal["answers"]) -> Iterator[WandbServer]:
     if kind == "closed":
         with socket.socket() as probe:  # bound, and never listening: every connection is refused
             probe.bind(("127.0.0.1", 0))
-            yield WandbServer(f"http://127.0.0.1:{probe.getsockname()[1]}")
+            yield WandbServer(f"http://127.0.0.1:{probe.getsockname()[1]}", kind)
         return
-    served, ended = WandbServer(), threading.Event()
+    served, ended = WandbServer(kind=kind), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
             served.asked.append(self.path)
+            kind = served.kind
             if kind == "hangs":
                 ended.wait()
+            if kind in ("hangs", "closed"):
                 self.close_connection = True
                 return
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -129,6 +139,12 @@ def wandb_server(kind: Useless | Literal["answers"]) -> Iterator[WandbServer]:
     with Threads(("127.0.0.1", 0), Handler) as server:
         served.url = f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+
+        served.close = close
         try:
             yield served
         finally:
