@@ -168,7 +168,7 @@ def _pass_row(bench: Bench) -> Row:
 def _histogram_row(bench: Bench) -> Row:
     """What wandb.log_histograms adds to a log, against a step; it is off unless asked for."""
     recipe = "demo" if bench.quick else "bitmar-14m"
-    group = Group(_counting_rank, 1, bench.config(recipe, f"{recipe}-histograms", "training.precision=fp32", *OFF))
+    group = Group(_histogram_rank, 1, bench.config(recipe, f"{recipe}-histograms", "training.precision=fp32", *OFF))
     rounds = [group.ask("count")[0] for _ in range(3)]
     group.close()
     counted, step = (median(side) for side in zip(*rounds, strict=True))
@@ -220,7 +220,7 @@ def _passing_rank(world: World, link: Connection, config: Config) -> None:
     run.sinks.close(0)
 
 
-def _counting_rank(world: World, link: Connection, config: Config) -> None:
+def _histogram_rank(world: World, link: Connection, config: Config) -> None:
     run = assemble(config, world, Beats())
     while link.recv():
         taken = train_steps(run, 2)

@@ -127,7 +127,7 @@ def payload_bytes(config: Config, ranks: int) -> int:
     with torch.device("meta"):
         model = BitMar(config.model)
     matrices = tuple(matrix.name for matrix in matrices_of(model))
-    bins = len(HISTOGRAM_EDGES) - 1 if config.wandb.log_histograms else 0
+    bins = len(HISTOGRAM_EDGES) - 1 if config.wandb.makes_histograms else 0
     layout = Layout(config.model, ranks, ranks // RANKS_A_NODE, tuple("abcdefgh"), matrices, bins)
     return sum(part.numel() * part.element_size() for part in payload(Statistics(schema_of(layout))))
 
