@@ -11,7 +11,7 @@ import numpy as np
 
 from bitmar.observability.records import METRICS_FILE, read_lines
 from bitmar.observability.reduce import Reduced
-from bitmar.observability.schema import STEP_METRIC, TERNARY, Layout, title
+from bitmar.observability.schema import OF_SEVERAL_LOGS, STEP_METRIC, TERNARY, Layout, title
 
 DEAD_SHARE = 0.01  # of the mean importance of its kind, below which a head is dead
 TREND_LOGS = 20
@@ -92,14 +92,42 @@ def _quantization(arrays: Mapping[str, np.ndarray], matrices: Iterable[str]) -> 
     return numbers
 
 
+class _Course:
+    """A metric over several logs of a phase."""
+
+    def __init__(self) -> None:
+        self._total, self._steps = 0.0, 0.0  # summed over the epoch's steps; how many
+        self._recent: deque[tuple[float, float]] = deque(maxlen=TREND_LOGS)  # (step, value)
+
+    def begin_epoch(self) -> None:
+        self._total, self._steps = 0.0, 0.0
+
+    def add(self, step: float, steps: float, value: float) -> None:
+        """Take the mean over the `steps` steps up to `step`."""
+        self._total, self._steps = self._total + steps * value, self._steps + steps
+        self._recent.append((step, value))
+
+    @property
+    def epoch_mean(self) -> float | None:
+        return self._total / self._steps if self._steps else None
+
+    @property
+    def trend(self) -> float | None:
+        """A thousand steps' change, by least squares."""
+        if len(self._recent) < 2:
+            return None
+        steps, values = np.array(self._recent).T
+        centred = steps - steps.mean()
+        return 1000 * float((centred * values).sum() / (centred**2).sum())
+
+
 class History:
-    """The losses of a run's logs, for what is told of several: an epoch's mean, a trend, validation over training."""
+    """A run's logs, for what is told of several: an epoch's means, trends, validation over training."""
 
     def __init__(self) -> None:
         self._epoch: tuple[float, float] | None = None  # (phase, epoch)
-        self._losses, self._steps = 0.0, 0.0  # summed over the epoch's steps; how many
         self._logged = 0.0  # step of the last log
-        self._recent: deque[tuple[float, float]] = deque(maxlen=TREND_LOGS)  # (step, loss) of the phase's
+        self._courses = {name: _Course() for name in OF_SEVERAL_LOGS}
         self._language_loss = math.nan
         self._validation_loss = math.nan
 
@@ -119,19 +147,20 @@ class History:
             return {} if math.isnan(ratio) else {"Training/Validation_Ratio": ratio}
         if "Training/Loss" not in numbers or "Training/Phase" not in numbers:
             return {}
-        loss, phase = numbers["Training/Loss"], numbers["Training/Phase"]
+        phase = numbers["Training/Phase"]
         epoch = (phase, math.ceil(numbers.get("Training/Epoch", 1.0) - 1e-9))
-        if self._epoch != epoch:
-            self._losses, self._steps = 0.0, 0.0
         if self._epoch is None or self._epoch[0] != phase:
-            self._recent.clear()
+            self._courses = {name: _Course() for name in OF_SEVERAL_LOGS}
+        elif self._epoch != epoch:
+            for course in self._courses.values():
+                course.begin_epoch()
         self._epoch, self._language_loss = epoch, numbers.get("Training/Loss_LM", math.nan)
-        steps, self._logged = numbers[STEP_METRIC] - self._logged, numbers[STEP_METRIC]
-        self._losses, self._steps = self._losses + steps * loss, self._steps + steps
-        self._recent.append((numbers[STEP_METRIC], loss))
-        found = {"Training/Loss_Epoch_Mean": self._losses / self._steps} if self._steps else {}
-        if len(self._recent) > 1:
-            steps, losses = np.array(self._recent).T
-            centred = steps - steps.mean()
-            found["Training/Loss_Trend"] = 1000 * float((centred * losses).sum() / (centred**2).sum())
+        step = numbers[STEP_METRIC]
+        steps, self._logged = step - self._logged, step
+        found: dict[str, float] = {}
+        for name, course in self._courses.items():
+            if name in numbers:
+                course.add(step, steps, numbers[name])
+                told = {f"{name}_Epoch_Mean": course.epoch_mean, f"{name}_Trend": course.trend}
+                found |= {key: value for key, value in told.items() if value is not None}
         return found

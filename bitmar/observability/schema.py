@@ -118,6 +118,13 @@ _ATTENTION, _LATENTS, _EVALUATION = Cadence.ATTENTION, Cadence.LATENTS, Cadence.
 
 # The one metric every line carries: the axis of all others.
 STEP_METRIC = "Training/Step"
+OF_SEVERAL_LOGS = {  # (unit) what has an epoch's mean and a trend
+    "Training/Loss": "nats/token",
+    "Training/Loss_LM": "nats/token",
+    "Training/Loss_Contrastive": "nats/row",
+    "Training/Loss_Recall": "loss/episode",
+    "Training/Token_Accuracy": "fraction",
+}
 
 
 def title(component: str) -> str:
@@ -144,13 +151,19 @@ _TRAINING = (
     Metric("Training/Perplexity", "1", _EXP_MEAN, _STEP, "exp of Training/Loss_LM"),
     Metric("Training/Prediction_Entropy", "nats/token", _MEAN, _STEP, "of the predictions, at the log's last step"),
     Metric("Training/Skipped_Updates", "steps", _SAME, _STEP, "updates left out for a loss or gradient not finite"),
-    Metric("Training/Loss_Epoch_Mean", "nats/token", _DERIVED, _STEP, "mean of the loss over the epoch's steps so far"),
-    Metric(
-        "Training/Loss_Trend",
-        "nats/token/1000 steps",
-        _DERIVED,
-        _STEP,
-        "slope of Training/Loss over the last 20 logs of the phase, by least squares",
+    *(
+        metric
+        for name, unit in OF_SEVERAL_LOGS.items()
+        for metric in (
+            Metric(f"{name}_Epoch_Mean", unit, _DERIVED, _STEP, f"mean of {name} over the epoch's steps so far"),
+            Metric(
+                f"{name}_Trend",
+                f"{unit}/1000 steps",
+                _DERIVED,
+                _STEP,
+                f"slope of {name} over the last 20 logs of the phase, by least squares",
+            ),
+        )
     ),
     Metric("Training/Validation_Ratio", "1", _DERIVED, _VALIDATION, "Validation/Loss over the last Training/Loss_LM"),
 )

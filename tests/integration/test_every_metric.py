@@ -40,7 +40,16 @@ from bitmar.model.memory import MemoryState
 from bitmar.model.quantize import BitLinear, quantize_activations
 from bitmar.observability.derived import DEAD_SHARE, History, derive
 from bitmar.observability.reduce import reduce
-from bitmar.observability.schema import TEMPLATES, Cadence, Layout, Metric, schema_of, select, title
+from bitmar.observability.schema import (
+    OF_SEVERAL_LOGS,
+    TEMPLATES,
+    Cadence,
+    Layout,
+    Metric,
+    schema_of,
+    select,
+    title,
+)
 from bitmar.observability.stats import Statistics
 from bitmar.observability.system import SystemProbe
 from bitmar.watch import Probes, Window
@@ -760,7 +769,10 @@ for _depth in (1, 5, 10):
         f"Validation/Image_To_Text_R{_depth}": lambda j, d=_depth: j.within(d, True),
         f"Validation/Text_To_Image_R{_depth}": lambda j, d=_depth: j.within(d, False),
     }
-HISTORY = ("Training/Loss_Epoch_Mean", "Training/Loss_Trend", "Training/Validation_Ratio")  # a test of their own
+HISTORY = (  # a test of their own
+    *(f"{name}_{what}" for name in OF_SEVERAL_LOGS for what in ("Epoch_Mean", "Trend")),
+    "Training/Validation_Ratio",
+)
 LOOSE = {"System/Memory_RSS": 0.2, "System/Open_Files": 0.2, "System/Disk_Free": 0.2, "System/Node_": 0.2}
 
 
@@ -840,9 +852,13 @@ def test_what_is_told_of_several_logs() -> None:
     found = []
     for step, phase, epoch, loss in logs:
         numbers = {"Training/Step": step, "Training/Phase": phase, "Training/Epoch": epoch, "Training/Loss": loss}
-        found.append(history.add(numbers | {"Training/Loss_LM": loss / 2}))
+        numbers |= {"Training/Loss_LM": loss / 2} | ({"Training/Loss_Recall": loss} if phase else {})
+        found.append(history.add(numbers))
     assert [f["Training/Loss_Epoch_Mean"] for f in found] == [4.0, 3.5, 2.5, 9.0]
+    assert [f["Training/Loss_LM_Epoch_Mean"] for f in found] == [2.0, 1.75, 1.25, 4.5]
+    assert [f.get("Training/Loss_Recall_Epoch_Mean") for f in found] == [None, None, None, 9.0]  # where there is one
     assert "Training/Loss_Trend" not in found[0]
     assert [f["Training/Loss_Trend"] for f in found[1:3]] == pytest.approx([-1000.0, -750.0])
+    assert [f["Training/Loss_LM_Trend"] for f in found[1:3]] == pytest.approx([-500.0, -375.0])
     assert "Training/Loss_Trend" not in found[3]  # another phase
     assert history.add({"Validation/Loss": 9.0}) == {"Training/Validation_Ratio": 2.0}

@@ -67,14 +67,14 @@ ALWAYS, TEXT, BEFORE_MEMORY = every(1, first=0), range(5), range(9)
 LEFT_OUT = (  # which metrics, at which of their steps, and why
     ("System/GPU_.+", ALWAYS, "there is no GPU"),
     ("Throughput/MFU", ALWAYS, "the peak of a CPU is not known"),
-    ("Training/Loss(_Share)?_Contrastive", TEXT, "the phase of text has no such loss"),
-    ("Training/Loss(_Share)?_Recall", BEFORE_MEMORY, "the phases before have no such loss"),
+    ("Training/Loss(_Share)?_Contrastive(_Epoch_Mean|_Trend)?", TEXT, "the phase of text has no such loss"),
+    ("Training/Loss(_Share)?_Recall(_Epoch_Mean|_Trend)?", BEFORE_MEMORY, "the phases before have no such loss"),
     ("Memory/Recall_Cosine_.+", BEFORE_MEMORY, "nothing is recalled without that loss"),
     ("Memory/Write_Norm", BEFORE_MEMORY, "nothing is written"),
     ("Attention/Memory_Mean", BEFORE_MEMORY, "the memory is empty"),
     ("Features/(Vision|Episode)_(Mean|Std|Min|Max|Norm)", TEXT, "text has no image"),
     ("Quantization/Flips_.+", [2], "the first census has none before it"),
-    ("Training/Loss_Trend", [2, 5, 10], "the first log of a phase makes no trend"),
+    ("Training/.+_Trend", [2, 5, 10], "the first log of a phase makes no trend"),
     ("Training/Validation_Ratio", [0], "nothing has been trained"),
 )
 
