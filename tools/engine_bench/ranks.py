@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any
@@ -77,7 +78,11 @@ class Group:
         ]
         for rank in self.ranks:
             rank.start()
-        self._stopped: list[psutil.Process] = []
+        self._children: list[int] = []  # at the last stop
+
+    @property
+    def _pids(self) -> list[int]:
+        return [rank.pid for rank in self.ranks if rank.pid is not None]
 
     def ask(self, question: object) -> list[Any]:
         """What each rank answers."""
@@ -106,26 +111,37 @@ class Group:
         """Time that the slowest rank takes for so many steps."""
         return max(self.ask(steps))
 
-    def stop(self) -> None:
-        """Stop the ranks and all their children by a signal, until `go_on`."""
-        self._stopped = [psutil.Process(rank.pid) for rank in self.ranks]
-        for rank in list(self._stopped):
-            rank.suspend()
-            self._stopped += rank.children(recursive=True)
-        for child in self._stopped[len(self.ranks) :]:
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has come to its end
-                child.suspend()
+    def stop(self) -> float:
+        """Stop the ranks and all their children by a signal, until `go_on`; the moment at which the ranks stopped, as
+        time.perf_counter tells it."""
+        _signal(self._pids, signal.SIGSTOP)
+        stopped = time.perf_counter()
+        _signal(self._children, signal.SIGSTOP)  # those that are known: to look for others takes milliseconds
+        known, self._children = self._children, self._find_children()
+        _signal([pid for pid in self._children if pid not in known], signal.SIGSTOP)
+        return stopped
 
-    def go_on(self) -> None:
-        for process in reversed(self._stopped):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.resume()
+    def go_on(self) -> float:
+        """The moment at which the ranks go on. Neither here nor in `stop` do the ranks' seconds hold what it takes to
+        tell their children."""
+        going = time.perf_counter()
+        _signal([*self._pids, *self._children], signal.SIGCONT)
+        return going
+
+    def _find_children(self) -> list[int]:
+        return [child.pid for pid in self._pids for child in psutil.Process(pid).children(recursive=True)]
 
     def close(self) -> None:
         for link in self.links:
             link.send(0)
         for rank in self.ranks:
             rank.join()
+
+
+def _signal(pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # it has come to its end
+            os.kill(pid, number)
 
 
 def _join(

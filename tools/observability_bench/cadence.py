@@ -19,6 +19,7 @@ from bitmar.engine.census import histograms
 from bitmar.engine.faults import Guard
 from bitmar.engine.world import World
 from bitmar.observability.probes import gates_of
+from bitmar.observability.records import EVENTS_FILE, read_lines
 from tools.engine_bench.common import ENDLESS, Bench, Row
 from tools.engine_bench.ranks import WAIT_S, Group
 
@@ -32,11 +33,10 @@ OFF = (
 )
 DEFAULT = (
     *("wandb.offline=true", "wandb.log_every_n_steps=50", "wandb.attention_log_interval=100"),
+    *("wandb.plot_every_n_epochs=1", "attention_analysis.viz_every_n_epochs=1"),
     "attention_analysis.log_every_n_steps=100",
 )
-# An epoch of the bench's few captions is 33 or 8 steps, one of a whole corpus more than a thousand: pictures are made
-# once in the steps that are timed
-EPOCHS_BETWEEN_PICTURES = {"demo": 3, "bitmar-14m": 12}
+EPOCH = {"demo": 319, "bitmar-14m": 80}  # steps over the bench's captions: a round has one's pictures
 EVERYTHING = (
     *("wandb.offline=true", "wandb.log_every_n_steps=1", "wandb.attention_log_interval=1"),
     "attention_analysis.log_every_n_steps=1",
@@ -63,7 +63,7 @@ def cadence_rows(bench: Bench) -> Iterator[Row]:
     for recipe in ("demo",) if bench.quick else ("demo", "bitmar-14m"):
         few = bench.quick or recipe != "demo"
         for way, bar, steps, rounds in (
-            ("default", DEFAULT_BAR, 10 if bench.quick else 100, 2 if few else 9),
+            ("default", DEFAULT_BAR, 10 if bench.quick else EPOCH[recipe], 2 if few else 5),
             ("everything", EVERYTHING_BAR, 5 if bench.quick else 20, 3 if few else 5),
         ):
             watched, off = (_group(bench, recipe, side) for side in (way, "off"))  # both read the same captions
@@ -75,14 +75,7 @@ def cadence_rows(bench: Bench) -> Iterator[Row]:
 
 
 def _group(bench: Bench, recipe: str, way: str) -> Group:
-    own = "training.precision=fp32", *WAYS[way], *pictures(recipe)
-    return Group(_rank, 2, bench.config(recipe, f"{recipe}-{way}", *own))
-
-
-def pictures(recipe: str) -> tuple[str, str]:
-    """How often they are made."""
-    epochs = EPOCHS_BETWEEN_PICTURES[recipe]
-    return f"wandb.plot_every_n_epochs={epochs}", f"attention_analysis.viz_every_n_epochs={epochs}"
+    return Group(_rank, 2, bench.config(recipe, f"{recipe}-{way}", "training.precision=fp32", *WAYS[way]))
 
 
 class Turns:
@@ -104,13 +97,11 @@ class Turns:
         training = list(range(len(self.sides)))
         while training:
             for number in list(training):
-                side, began = self.sides[number], time.perf_counter()
-                side.go_on()
+                side = self.sides[number]
+                began = side.go_on()
                 if side.answered(TURN_S if len(training) > 1 else WAIT_S):
                     training.remove(number)
-                else:
-                    side.stop()
-                turns[number].append((began, time.perf_counter()))
+                turns[number].append((began, side.stop()))
         for side in self.sides:
             side.go_on()
         told = [side.answers() for side in self.sides]
@@ -130,7 +121,7 @@ def _row(bench: Bench, turns: Turns, recipe: str, way: str, bar: float, steps: i
     found = [turns.seconds(steps) for _ in range(rounds)]
     ratios = [mine[0] / other[0] for mine, other in found]
     meant = {
-        "default": "metrics every 50 steps, attention every 100, pictures once",
+        "default": "metrics every 50 steps, attention every 100, pictures every epoch",
         "everything": "metrics and attention at every step",
     }[way]
     return {
@@ -193,9 +184,20 @@ class Taken:
 
 def _rank(world: World, link: Connection, config: Config) -> None:
     run = assemble(config, world, Beats())
+    _await_mirror(config)
     while steps := link.recv():
         link.send(train_steps(run, steps))
     run.sinks.close(0)
+
+
+def _await_mirror(config: Config) -> None:
+    """Wait until wandb has started, which a long run does once."""
+    events = config.run_directory / EVENTS_FILE
+    until = time.monotonic() + WAIT_S
+    while config.wandb.enabled and time.monotonic() < until:
+        if events.exists() and any(event["kind"] == "wandb" for event in read_lines(events)):
+            return
+        time.sleep(0.1)
 
 
 def _passing_rank(world: World, link: Connection, config: Config) -> None:
