@@ -122,8 +122,7 @@ class Group:
         return stopped
 
     def go_on(self) -> float:
-        """The moment at which the ranks go on. Neither here nor in `stop` do the ranks' seconds hold what it takes to
-        tell their children."""
+        """Have them go on; the moment at which the ranks do: what it takes to tell their children is not theirs."""
         going = time.perf_counter()
         _signal([*self._pids, *self._children], signal.SIGCONT)
         return going

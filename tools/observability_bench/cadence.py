@@ -24,6 +24,7 @@ from tools.engine_bench.common import ENDLESS, Bench, Row
 from tools.engine_bench.ranks import WAIT_S, Group
 
 DEFAULT_BAR, EVERYTHING_BAR = 1.01, 1.10
+EPOCH = "epoch"  # asks a rank for its steps
 TURN_S = 0.2  # one or two steps of the demo, a part of one of bitmar-14m
 OFF = (
     "wandb.enabled=false",
@@ -36,7 +37,6 @@ DEFAULT = (
     *("wandb.plot_every_n_epochs=1", "attention_analysis.viz_every_n_epochs=1"),
     "attention_analysis.log_every_n_steps=100",
 )
-EPOCH = {"demo": 319, "bitmar-14m": 80}  # steps over the bench's captions: a round has one's pictures
 EVERYTHING = (
     *("wandb.offline=true", "wandb.log_every_n_steps=1", "wandb.attention_log_interval=1"),
     "attention_analysis.log_every_n_steps=1",
@@ -63,10 +63,11 @@ def cadence_rows(bench: Bench) -> Iterator[Row]:
     for recipe in ("demo",) if bench.quick else ("demo", "bitmar-14m"):
         few = bench.quick or recipe != "demo"
         for way, bar, steps, rounds in (
-            ("default", DEFAULT_BAR, 10 if bench.quick else EPOCH[recipe], 2 if few else 5),
+            ("default", DEFAULT_BAR, 10 if bench.quick else None, 2 if few else 5),
             ("everything", EVERYTHING_BAR, 5 if bench.quick else 20, 3 if few else 5),
         ):
             watched, off = (_group(bench, recipe, side) for side in (way, "off"))  # both read the same captions
+            steps = steps or watched.ask(EPOCH)[0]  # whose pictures are made at its end, and drawn in the next round
             yield _row(bench, Turns(watched, off), recipe, way, bar, steps, rounds)
             watched.close()
             off.close()
@@ -185,8 +186,11 @@ class Taken:
 def _rank(world: World, link: Connection, config: Config) -> None:
     run = assemble(config, world, Beats())
     _await_mirror(config)
-    while steps := link.recv():
-        link.send(train_steps(run, steps))
+    while asked := link.recv():
+        if asked == EPOCH:
+            link.send(round(run.lengths[0] / run.loader.order.epochs(0)))
+        else:
+            link.send(train_steps(run, asked))
     run.sinks.close(0)
 
 
@@ -195,7 +199,7 @@ def _await_mirror(config: Config) -> None:
     events = config.run_directory / EVENTS_FILE
     until = time.monotonic() + WAIT_S
     while config.wandb.enabled and time.monotonic() < until:
-        if events.exists() and any(event["kind"] == "wandb" for event in read_lines(events)):
+        if any(event["kind"] == "wandb" for event in read_lines(events)):
             return
         time.sleep(0.1)
 
