@@ -16,7 +16,8 @@ from bitmar.config import WandbConfig
 from bitmar.observability.alerts import Watch, find_alerts
 from bitmar.observability.console import ConsoleSink, event_line, step_text, summary
 from bitmar.observability.records import JsonlSink
-from bitmar.observability.wandb_sink import WandbSink, identify
+from bitmar.observability.wandb_identity import identify
+from bitmar.observability.wandb_sink import WandbSink
 
 _LOG_FILE = "log.txt"
 _LOGGERS = ("bitmar", "shards")  # whatever these packages log goes into log.txt as well

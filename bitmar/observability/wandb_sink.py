@@ -14,21 +14,17 @@ import functools
 import json
 import os
 import re
-import secrets
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol
 
 from bitmar.config import WandbConfig
 from bitmar.observability.schema import STEP_METRIC, Cadence, find
+from bitmar.observability.wandb_identity import Identity, WandbMode
 from bitmar.observability.wandb_panels import save_report
-from bitmar.watch_config import WANDB_MODES
-
-WandbMode = Literal["online", "offline", "disabled"]
 
 QUEUE_LENGTH = 2000
 MARK_FILE = "mirrored.json"  # in the run's wandb folder: {"id", "step"}
@@ -39,6 +35,8 @@ _CLOSE_MARGIN_S = 45.0  # an init that hangs, and going offline after it
 _CLOSE_FAILED_S = 10.0  # a run that failed or was asked to stop ends soon; `wandb sync` uploads the rest
 _FLUSH_S = 2.0  # between writes to the .wandb file, which `wandb leet` shows
 _WHY_LENGTH = 500  # of an error's text
+_SERVICE = "WANDB_SERVICE"  # the environment variable that names wandb's process
+_SERVICE_IDLE = "5s"  # after which that process ends by itself, when a kill has taken the run from it
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
 
 
@@ -48,44 +46,6 @@ class Tells(Protocol):
     def event(self, kind: str, **fields: Any) -> None:
         """Take something that happened."""
         ...
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Where a wandb run goes and what it is called. `mode` None: online where wandb finds a key, else offline."""
-
-    project: str
-    entity: str | None
-    name: str
-    id: str
-    group: str | None
-    tags: tuple[str, ...]
-    notes: str | None
-    mode: WandbMode | None
-
-
-def identify(config: WandbConfig, run_name: str, run_id: str, environment: Mapping[str, str] | None = None) -> Identity:
-    """The recipe's value, else that of wandb's environment variable, else the run's own.
-
-    A recipe that leaves the project at its default leaves it to WANDB_PROJECT. WANDB_RUN_ID names the id, as the agent
-    of a sweep does; with wandb.resume false each start has an id of its own.
-    """
-    given = os.environ if environment is None else environment
-    default = WandbConfig().project
-    asked = {"dryrun": "offline"}.get(given.get("WANDB_MODE", ""), given.get("WANDB_MODE"))
-    wished = config.mode or ("offline" if config.offline else asked)
-    mode = cast(WandbMode, wished) if wished in WANDB_MODES else None
-    own_id = run_id if config.resume else f"{run_id}-{secrets.token_hex(3)}"
-    return Identity(
-        project=config.project if config.project != default else given.get("WANDB_PROJECT") or default,
-        entity=config.entity or given.get("WANDB_ENTITY") or None,
-        name=config.name or given.get("WANDB_NAME") or run_name,
-        id=given.get("WANDB_RUN_ID") or own_id,
-        group=config.group or given.get("WANDB_RUN_GROUP") or None,
-        tags=config.tags or tuple(tag.strip() for tag in given.get("WANDB_TAGS", "").split(",") if tag.strip()),
-        notes=config.notes or given.get("WANDB_NOTES") or None,
-        mode=mode if config.enabled else "disabled",
-    )
 
 
 class WandbSink:
@@ -117,6 +77,7 @@ class WandbSink:
         self._dropped = 0
         # of the thread alone
         self._wandb: Any = None
+        self._service: Any = None  # wandb's process, where it was started here
         self._run: Any = None
         self._mode: WandbMode = "disabled"
         self._sent = self._floor = -1  # highest step that was sent; logs up to the floor have been sent before
@@ -217,7 +178,7 @@ class WandbSink:
         self._wandb = wandb
         wished = self._identity.mode
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        wandb.setup(wandb.Settings(silent=True, quiet=True))
+        self._connect()
         try:
             self._mode = wished or ("online" if wandb.login(prompt=False, verify=False) else "offline")
             self._run = self._init(self._mode)
@@ -225,8 +186,9 @@ class WandbSink:
             if wished == "offline":
                 raise
             self._warn("wandb is offline: it could not start online", error)
-            wandb.teardown()  # its process still holds the run's id
+            self._disconnect()  # its process still holds the run's id
             self._mode = "offline"
+            self._connect()
             self._run = self._init("offline")
         self._sent = self._floor = self._read_mark()
         if self._mode == "online":
@@ -236,6 +198,30 @@ class WandbSink:
                 "wandb", mode="offline", upload_with=f"wandb sync {self._mark.parent}/offline-run-*-{self._run.id}"
             )
         return True
+
+    def _connect(self) -> None:
+        """Start wandb's process, where the environment names none, and connect to it. It is detached from this one: it
+        does not ask ten times a second whether this one lives (0.3 % of a core), and where this one is killed it still
+        writes what it was sent."""
+        settings = self._wandb.Settings(silent=True, quiet=True)
+        if not os.environ.get(_SERVICE):
+            from wandb.sdk.lib.service import service_process
+
+            self._service = service_process.start_detached(settings, idle_timeout=_SERVICE_IDLE)
+            self._service.token.save_to_env()
+        self._wandb.setup(settings)
+
+    def _disconnect(self) -> None:
+        """Have wandb's process, where it was started here, write what it holds and end."""
+        service, self._service = self._service, None
+        if service is not None:
+            requests, asyncer = self._wandb.proto.wandb_server_pb2, self._wandb.setup().asyncer
+            client = service.token.connect(asyncer=asyncer)
+            end = requests.ServerRequest(inform_teardown=requests.ServerInformTeardownRequest())
+            asyncer.run(lambda: client.publish(end))
+            service.join()
+            os.environ.pop(_SERVICE, None)
+        self._wandb.teardown()
 
     def _init(self, mode: WandbMode) -> Any:
         about = self._identity
@@ -320,6 +306,7 @@ class WandbSink:
                 self._warn("there is no wandb report", error)
             else:
                 self._tell("wandb", report=address)
+        self._disconnect()
 
     @property
     def _finish_timeout_s(self) -> float:

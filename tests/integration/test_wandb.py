@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -175,6 +176,24 @@ def test_a_wandb_process_that_dies_costs_a_warning(tmp_path: Path) -> None:
     assert "wandb is given up for this run" in warning["message"]
 
 
+KILLED = """
+import os, signal, time
+for step in range(10, 60, 10):
+    sink.log(step, {"Training/Loss": float(step)})
+mark = run_dir / "wandb" / "mirrored.json"
+while not mark.exists() or json.loads(mark.read_text())["step"] < 50:
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_of_a_killed_run_wandb_writes_what_it_was_sent(tmp_path: Path) -> None:
+    """All but the last log, which was on its way."""
+    mirror(tmp_path / "run", tmp_path / "home", KILLED, wandb=OFFLINE, code=-signal.SIGKILL)
+    (file,) = wandb_files(tmp_path / "run")
+    assert wait_for(lambda: [row[STEP_METRIC] for row in rows(file, killed=True)][:4] == [10, 20, 30, 40])
+
+
 @pytest.mark.parametrize("mode", ["offline", "disabled", "malformed"])
 def test_the_key_reaches_no_file(tmp_path: Path, mode: str) -> None:
     """With a key in the environment; "malformed" is refused by wandb itself, without any network."""
@@ -253,7 +272,8 @@ def test_offline_parts_are_synced_into_one_run(tmp_path: Path) -> None:
 
 
 HANGING = """
-from bitmar.observability.wandb_sink import WandbSink, identify
+from bitmar.observability.wandb_identity import identify
+from bitmar.observability.wandb_sink import WandbSink
 
 class Tells:
     def event(self, kind, **fields):

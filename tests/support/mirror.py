@@ -58,8 +58,9 @@ def mirror(
     prelude: str = "",
     wandb: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
+    code: int = 0,
 ) -> str:
-    """Log as `script` says, in a process of its own; returns all it printed."""
+    """Log as `script` says, in a process of its own that ends with `code`; returns all it printed."""
     home.mkdir(exist_ok=True)
     picture = home / "picture.png"
     write_png(picture)
@@ -73,7 +74,7 @@ def mirror(
         timeout=WITHIN_S,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
 

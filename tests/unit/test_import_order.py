@@ -85,7 +85,7 @@ bitmar.observability.curve_plots bitmar.observability.memory_plots
 bitmar.observability.attention_plots bitmar.observability.weight_plots
 bitmar.observability.plots
 bitmar.observability.console bitmar.observability.alerts
-bitmar.observability.wandb_panels
+bitmar.observability.wandb_panels bitmar.observability.wandb_identity
 bitmar.observability.wandb_sink
 bitmar.observability.sinks
 bitmar.generation.sampling
