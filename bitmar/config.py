@@ -148,7 +148,8 @@ class EngineConfig:
     ds_config: str = "ds_configs/zero1.json"
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile; not under ZeRO-3
-    threads_per_rank: int | None = None  # CPU threads; None: cores divided by the node's ranks
+    threads_per_rank: int | None = None  # CPU threads; None: cores divided by the machine's ranks
+    bind_to_cores: bool = True  # ranks that compute on a CPU, and what they start: each to its share of the cores
     timeout_s: int = 1800  # a collective that takes longer ends the run
 
     def __post_init__(self) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-KINDS = ("encoder", "decoder", "cross_modal", "memory")  # of attention
+# kinds of attention, and how metrics call them
+TITLES = {"encoder": "Encoder", "decoder": "Decoder", "cross_modal": "CrossModal", "memory": "Memory"}
+KINDS = tuple(TITLES)
+CAUSAL = ("encoder", "decoder")  # of them, over the text itself
 _NAME = re.compile(r"(?:(\w+)\.)?L(\d+)H(\d+)")
 
 

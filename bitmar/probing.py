@@ -44,11 +44,23 @@ def ends_epoch(run: Run, state: LoaderState, every: int) -> bool:
     return after // every > before // every
 
 
+def _steps_of_epochs(run: Run, state: LoaderState, every: int) -> int:
+    """How many steps a phase has had up to the one at `state`, where an epoch whose number `every` divides ends, since
+    the last such end."""
+    a_step = run.loader.order.epochs(state.phase) / run.lengths[state.phase]
+    ended = math.floor((state.position + 1) * a_step + 1e-9)
+    last = (ended // every - 1) * every
+    return state.position + 1 - math.ceil((last - 1e-9) / a_step)
+
+
 def is_analysis_due(run: Run, step: int, state: LoaderState) -> bool:
-    """Whether attention_analysis/ is to tell of `step`, whose rows stood at `state`: at its cadence, and at the ends of
-    the epochs after which its pictures are drawn."""
+    """Whether attention_analysis/ is to tell of `step`, whose rows stood at `state`: at its cadence, and at the end of
+    an epoch after which its pictures are drawn, where the cadence has not come since the pictures before."""
     config = run.config.attention_analysis
-    due = step % config.log_every_n_steps == 0 or ends_epoch(run, state, config.viz_every_n_epochs)
+    every, epochs = config.log_every_n_steps, config.viz_every_n_epochs
+    due = step % every == 0
+    if not due and ends_epoch(run, state, epochs):
+        due = step // every == (step - _steps_of_epochs(run, state, epochs)) // every
     return bool(run.watch.probes.heads) and due
 
 

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config, dry_run = parse(sys.argv[1:] if arguments is None else arguments)
         config.check_world(int(os.environ.get("WORLD_SIZE", "1")))  # before the ranks wait for each other
         guard.start(config.faults, config.run_directory)
-        world = join_world(config.engine.timeout_s, config.engine.threads_per_rank)
+        world = join_world(config.engine.timeout_s, config.engine.threads_per_rank, config.engine.bind_to_cores)
         start_up.mark("process_group")
         if dry_run:
             rehearse(config, world, guard)

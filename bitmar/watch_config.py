@@ -83,7 +83,7 @@ class AttentionAnalysisConfig:
 
     track_top_k: int = 10  # heads of each kind of attention in top_heads_*, and whose patterns are drawn
     log_every_n_steps: int = 100  # steps between two analyses; wandb.log_attention: false makes none at all
-    viz_every_n_epochs: int = 1  # epochs of a phase's sources that end with an analysis and its pictures
+    viz_every_n_epochs: int = 1  # epochs of a phase's sources between two drawings of the last analysis
     save_head_patterns: bool = False  # what the top heads attend to in the first probe caption
     analyze_memory_attention: bool = True  # False: not in these files; metrics of it stay
     analyze_cross_modal: bool = True  # the same

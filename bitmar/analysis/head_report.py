@@ -19,8 +19,8 @@ from bitmar.analysis import history_plots
 from bitmar.analysis.head_statistics import KindAnalysis, analyse, first_and_last, mean, movers, order_of
 from bitmar.analysis.history import FIGURES, History, read_history
 from bitmar.head_names import KINDS
-from bitmar.observability.derived import DEAD_SHARE
 from bitmar.observability.drawing import About, save
+from bitmar.observability.schema import DEAD_SHARE
 
 REPORT = "attention_analysis_report"  # .md and .json
 ALL = "all"

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bitmar.head_names import HeadName
-from bitmar.observability.derived import DEAD_SHARE
+from bitmar.observability.schema import DEAD_SHARE
 
 QUARTERS = 4  # rise and fall compare the first with the last of the analysis steps
 MOVERS = 5  # heads that are named, of those that rose and of those that fell

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bitmar.head_names import KINDS
+from bitmar.head_names import KINDS, TITLES
 from bitmar.observability.board import Arrays
-from bitmar.observability.probes import KINDS as TITLES
 from bitmar.observability.run_folder import read_npz
 
 PATTERN = "heads_step_*.npz"

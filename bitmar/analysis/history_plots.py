@@ -12,8 +12,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from bitmar.analysis.head_statistics import KindAnalysis, mean, movers
+from bitmar.head_names import TITLES
 from bitmar.observability import drawing as d
-from bitmar.observability.probes import KINDS as TITLES
 
 FIGURE_LABELS = {
     "Importance": ("Importance", "nats"),

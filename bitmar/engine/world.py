@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitmar.config import ConfigError
+from bitmar.engine.cores import allowed_cores, bind, machine, share
 
 # rank 0 tells of an error that all ranks meet; a rank that lives on after this tells its own
 OTHER_RANK_WAIT_S = 5.0
@@ -105,10 +106,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def join_world(timeout_s: int = 1800, threads: int | None = None) -> World:
+def join_world(timeout_s: int = 1800, threads: int | None = None, bind_to_cores: bool = True) -> World:
     """Join the process group that the launcher's environment describes; alone without a launcher.
 
-    `threads`: CPU threads of this rank, None for cores divided by the ranks of the node.
+    `threads`: CPU threads of this rank, None for cores divided by the ranks of the machine. `bind_to_cores`: a rank
+    that computes on the CPU, and what it starts, stays on its share of the machine's cores, where its threads fit in.
     Raises ConfigError when the environment names only a part of the group, or a port that is taken.
     """
     env = os.environ
@@ -126,14 +128,28 @@ def join_world(timeout_s: int = 1800, threads: int | None = None) -> World:
         torch.cuda.set_device(device)
     else:
         _keep_freed_memory()
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
     if not dist.is_initialized():
         if env["MASTER_ADDR"] in ("127.0.0.1", "localhost"):
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")
         _form_group("nccl" if cuda else "gloo", rank, size, timedelta(seconds=timeout_s))
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if cuda and size > 1 else None
     assert not isinstance(control, int), "a rank of the world belongs to a group of all ranks"
-    return World(rank, size, local_rank, local_size, device, control)
+    world = World(rank, size, local_rank, local_size, device, control)
+    if not cuda:
+        _take_cores(world, threads, bind_to_cores)
+    return world
+
+
+def _take_cores(world: World, threads: int | None, bind_to_cores: bool) -> None:
+    """Set the threads of a rank that computes on the CPU, and its cores."""
+    told = world.gather_objects((machine(), allowed_cores()))
+    here = [rank for rank, (place, _) in enumerate(told) if place == machine()]
+    shares = share([told[rank][1] for rank in here])
+    threads = threads or max(1, min(len(cores) for cores in shares))
+    torch.set_num_threads(threads)
+    mine = shares[here.index(world.rank)]
+    if bind_to_cores and len(mine) >= threads:
+        bind(mine)
 
 
 def _keep_freed_memory() -> None:

@@ -14,12 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from bitmar.head_names import CAUSAL, TITLES
 from bitmar.observability import drawing as d
 from bitmar.observability.board import Arrays
-from bitmar.observability.derived import DEAD_SHARE
 from bitmar.observability.head_analysis import top_heads
-from bitmar.observability.probes import CAUSAL
-from bitmar.observability.probes import KINDS as TITLES
+from bitmar.observability.schema import DEAD_SHARE
 
 KINDS = tuple(d.KIND_COLOURS)
 _TOP = 5  # heads that the timeline names

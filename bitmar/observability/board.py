@@ -12,6 +12,7 @@ Without pictures only attention_analysis/ is written.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import subprocess
@@ -19,12 +20,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitmar.observability.head_analysis import FOLDER, Arrays, HeadAnalysis, analyse, remove_after
-from bitmar.observability.probes import Caption
 from bitmar.watch_config import AttentionAnalysisConfig
+
+if TYPE_CHECKING:
+    from bitmar.observability.probes import Caption
 
 WAIT_S = 120.0  # for the last pictures, when a run ends
 DRAW_S = 3600.0  # for all of them while it goes on: the drawing process gets what training leaves of the cores
@@ -72,6 +76,16 @@ def _next(file: object) -> Arrays | None:
         return {str(name): np.load(file, allow_pickle=False) for name in names}  # type: ignore[arg-type]
     except (EOFError, ValueError):
         return None
+
+
+def yield_cores(pid: int) -> None:
+    """Have a process run only where no other one wants its core: training, which waits for its slowest rank, does.
+
+    Where the system has no such class, or a container refuses it, the low priority that it was started with remains.
+    """
+    if hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
 
 
 class Board:
@@ -228,6 +242,7 @@ class Board:
         root = Path(__file__).resolve().parents[2]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, cwd=root, stdout=pipe, stderr=pipe, text=True) as self._drawer:
+            yield_cores(self._drawer.pid)  # before its imports
             try:
                 told, wrong = self._drawer.communicate(timeout=DRAW_S)
             except subprocess.TimeoutExpired:

@@ -11,9 +11,8 @@ import numpy as np
 
 from bitmar.observability.records import METRICS_FILE, read_lines
 from bitmar.observability.reduce import Reduced
-from bitmar.observability.schema import OF_SEVERAL_LOGS, STEP_METRIC, TERNARY, Layout, title
+from bitmar.observability.schema import DEAD_SHARE, OF_SEVERAL_LOGS, STEP_METRIC, TERNARY, Layout, title
 
-DEAD_SHARE = 0.01  # of the mean importance of its kind, below which a head is dead
 TREND_LOGS = 20
 
 

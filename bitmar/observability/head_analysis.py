@@ -17,14 +17,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from bitmar.head_names import KINDS, HeadName
-from bitmar.observability.probes import KINDS as TITLES
-from bitmar.observability.probes import Caption
+from bitmar.head_names import KINDS, TITLES, HeadName
 from bitmar.watch_config import AttentionAnalysisConfig
+
+if TYPE_CHECKING:
+    from bitmar.observability.probes import Caption  # which needs torch, as a process that draws does not
 
 FOLDER = "attention_analysis"  # in the run's
 _KINDS = "|".join(KINDS)
@@ -84,9 +85,9 @@ def analyse(
     if caption is None:
         return HeadAnalysis(figures, top)
     for kind, heads in top.items():
-        chosen = [caption.weights[HeadName(kind, layer, head)] for layer, head in heads.tolist()]
+        chosen = [caption.weights[HeadName(kind, layer, head)].cpu().numpy() for layer, head in heads.tolist()]
         if chosen:
-            patterns[kind] = torch.stack(chosen).cpu().numpy()
+            patterns[kind] = np.stack(chosen)
     return HeadAnalysis(figures, top, patterns, caption.tokens.cpu().numpy())
 
 

@@ -7,7 +7,6 @@ The trainer has them drawn by this command in a process of its own (bitmar/obser
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
 import threading
@@ -152,16 +151,6 @@ def end_without(parent: int) -> None:
     os._exit(1)
 
 
-def yield_cores() -> None:
-    """Run only where no other process wants a core: training, which waits for its slowest rank, does.
-
-    Where the system has no such class, or a container refuses it, the low priority that it was started with remains.
-    """
-    if hasattr(os, "SCHED_IDLE"):
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the pictures of one run's folder and print the path of each when it is there."""
     parser = argparse.ArgumentParser(
@@ -173,7 +162,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     run_dir = options.run_dir
     if options.parent is not None:
-        yield_cores()
         threading.Thread(target=end_without, args=(options.parent,), daemon=True).start()
     if not read_settings(run_dir).are_on([]):
         print(f"{run_dir / 'config.yaml'} says wandb.create_plots: false; nothing is drawn", file=sys.stderr)

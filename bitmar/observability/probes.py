@@ -14,13 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bitmar.batch import Batch
-from bitmar.head_names import HeadName
+from bitmar.head_names import CAUSAL, TITLES, HeadName
 from bitmar.model.attention import Heads
 from bitmar.model.quantize import quantize_activations
 from bitmar.observability.stats import Statistics
 
-KINDS = {"encoder": "Encoder", "decoder": "Decoder", "cross_modal": "CrossModal", "memory": "Memory"}  # in names
-CAUSAL = ("encoder", "decoder")  # of them, over the text itself
 TOP_SHARE = 10  # concentration: the mass on one key in so many
 
 
@@ -108,7 +106,7 @@ def fill_heads(
     rest = list(gradients)
     for kind, layers in shown.items():
         mine, rest = rest[: len(layers)], rest[len(layers) :]
-        name, causal = KINDS[kind], kind in CAUSAL
+        name, causal = TITLES[kind], kind in CAUSAL
         f = figures(layers, mine, batch, causal, written.sum() if kind == "memory" else None)
         statistics.add(f"Attention/Heads_{name}_Importance", f.importance, f.samples)
         statistics.add(f"Attention/Heads_{name}_Entropy", f.entropy, f.queries)

@@ -17,6 +17,8 @@ from enum import Enum
 
 from bitmar.config import COMPONENTS, ModelConfig
 
+DEAD_SHARE = 0.01  # of the mean importance of its kind, below which a head is dead
+
 
 class Reduction(Enum):
     """How the values of all ranks, and of all steps since the last log, become one number (or one array)."""
@@ -223,7 +225,13 @@ _ATTENTIONS = (
     Metric("Attention/Memory_Entropy", "nats", _DERIVED, _ATTENTION, "over the slots and the null slot, mean"),
     Metric("Attention/{kind}_Concentration", "fraction", _DERIVED, _ATTENTION, "mass on the top tenth of the keys"),
     Metric("Attention/{text}_First_Token_Mass", "fraction", _DERIVED, _ATTENTION, "mass on the first key"),
-    Metric("Attention/Dead_Heads", "heads", _DERIVED, _ATTENTION, "importance below 1 % of the mean of its kind"),
+    Metric(
+        "Attention/Dead_Heads",
+        "heads",
+        _DERIVED,
+        _ATTENTION,
+        f"importance below {100 * DEAD_SHARE:g} % of the mean of its kind",
+    ),
     Metric("Attention/Head_Importance_{kind}_Mean", "nats", _DERIVED, _ATTENTION, "|gradient| of a head's gate, mean"),
     Metric("Attention/Head_Importance_{kind}_Max", "nats", _DERIVED, _ATTENTION, "|gradient| of a head's gate, most"),
     *(

@@ -191,6 +191,8 @@ class WandbSink:
             self._connect()
             self._run = self._init("offline")
         self._sent = self._floor = self._read_mark()
+        if self._options.create_plots:  # the first picture imports pandas, 0.3 s: now, not between two steps
+            self._wandb.util.is_pandas_data_frame(None)
         if self._mode == "online":
             self._tell("wandb", mode="online", url=self._run.url)
         else:

@@ -38,9 +38,10 @@ from bitmar.model.bitmar import BitMar, Outputs, component_parameters, parameter
 from bitmar.model.flops import Work, training_flops
 from bitmar.model.memory import MemoryState
 from bitmar.model.quantize import BitLinear, quantize_activations
-from bitmar.observability.derived import DEAD_SHARE, History, derive
+from bitmar.observability.derived import History, derive
 from bitmar.observability.reduce import reduce
 from bitmar.observability.schema import (
+    DEAD_SHARE,
     OF_SEVERAL_LOGS,
     TEMPLATES,
     Cadence,

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitmar.head_names import KINDS
-from bitmar.observability.probes import CAUSAL
-from bitmar.observability.probes import KINDS as TITLES
+from bitmar.head_names import CAUSAL, KINDS, TITLES
 from bitmar.observability.records import read_lines
 from bitmar.observability.schema import STEP_METRIC
 from tests.support.runs import STEPS, recipe, write_recipe

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from bitmar.config import ModelConfig
+from bitmar.head_names import KINDS, TITLES
 from bitmar.observability.board import append
 from bitmar.observability.head_analysis import HeadAnalysis, top_heads
-from bitmar.observability.probes import KINDS
 from bitmar.observability.records import JsonlSink
 from bitmar.observability.schema import Cadence, Layout, schema_of, select
 
@@ -136,7 +136,7 @@ def write_heads(folder: Path, size: Size, step: int, rng: np.random.Generator) -
         if kind in ("Encoder", "Decoder"):
             arrays[f"{kind}_Distance"] = rng.uniform(2.0, 8.0, shape)
             arrays[f"{kind}_First_Token"] = rng.uniform(0.0, 0.4, shape)
-    top = {kind: top_heads(arrays[f"{name}_Importance"], size.top) for kind, name in KINDS.items()}
+    top = {kind: top_heads(arrays[f"{name}_Importance"], size.top) for kind, name in TITLES.items()}
     words, keys = len(CAPTION), {"cross_modal": size.vision_tokens, "memory": size.slots}
     patterns = {}
     for kind, heads in top.items() if step == 10 * size.logs else ():

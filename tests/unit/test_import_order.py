@@ -50,6 +50,7 @@ bitmar.startup bitmar.version bitmar.random_numbers
 bitmar.config_checks bitmar.head_names
 bitmar.model_config bitmar.watch_config
 bitmar.config
+bitmar.engine.cores
 bitmar.engine.world
 bitmar.engine.extensions bitmar.engine.launcher bitmar.engine.watchdog
 bitmar.batch

@@ -50,11 +50,13 @@ def test_a_log_follows_each_pass_of_the_probe_set() -> None:
     assert due(run, is_analysis_due) == [12, 24, 36]
 
 
-def test_heads_are_analysed_at_the_ends_of_the_epochs_that_are_drawn() -> None:
+def test_heads_are_analysed_at_the_end_of_a_drawn_epoch_where_the_cadence_has_not_come_before() -> None:
     assert due(run_at(analysed=100), is_analysis_due) == [10, 20, 30, 40]
+    assert due(run_at(analysed=12), is_analysis_due) == [10, 12, 24, 36]
+    assert due(run_at(analysed=25), is_analysis_due) == [10, 20, 25, 40]
     run = run_at(analysed=15, heads=2)
-    assert due(run, is_analysis_due) == [15, 20, 30, 40]
-    assert due(run, is_log_due) == [9, 15, 18, 20, 27, 30, 36, 40]
+    assert due(run, is_analysis_due) == [15, 30]
+    assert due(run, is_log_due) == [9, 15, 18, 27, 30, 36, 40]
 
 
 def test_without_a_probe_set_there_is_no_analysis() -> None:

@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 
 from bitmar.assembly import build_model, open_loader, open_shards
 from bitmar.config import Config
+from bitmar.engine.cores import allowed_cores, bind
 from bitmar.engine.progress import Progress
 from bitmar.engine.schedule import rates_at
 from bitmar.engine.step import train_step
@@ -42,7 +43,7 @@ def rank_rows(bench: Bench) -> Iterator[Row]:
             f"engine.ds_config={ROOT / 'ds_configs' / f'zero{stage}.json'}",
             *(["training.global_batch=64"] if bench.quick else []),
         )
-        one, two = Group(_rank, 1, config), Group(_rank, 2, config)
+        one, two = (Group(_rank, size, config, bound=True) for size in (1, 2))
         ratios, rates = list[float](), list[tuple[float, float]]()
         for turn in range(3 if bench.quick else 9):
             alone, together = one.seconds(1), two.seconds(1)
@@ -65,15 +66,16 @@ def rank_rows(bench: Bench) -> Iterator[Row]:
 
 
 class Group:
-    """The ranks of a world, each on a core of its own, that train when they are told to."""
+    """The ranks of a world that train when they are told to."""
 
-    def __init__(self, main: Callable[..., None], size: int, *arguments: object) -> None:
-        """main(world, link, *arguments) in each rank, which answers what the link brings until that is 0."""
+    def __init__(self, main: Callable[..., None], size: int, *arguments: object, bound: bool = False) -> None:
+        """main(world, link, *arguments) in each rank, which answers what the link brings until that is 0. `bound`: each
+        on one core, also where it could have more; otherwise they are where the trainer puts them."""
         context, port = mp.get_context("spawn"), free_port()
         pairs = [context.Pipe() for _ in range(size)]
         self.links = [mine for mine, _ in pairs]
         self.ranks = [
-            context.Process(target=_join, args=(rank, size, port, main, theirs, arguments), daemon=True)
+            context.Process(target=_join, args=(rank, size, port, bound, main, theirs, arguments), daemon=True)
             for rank, (_, theirs) in enumerate(pairs)
         ]
         for rank in self.ranks:
@@ -144,12 +146,19 @@ def _signal(pids: Sequence[int], number: int) -> None:
 
 
 def _join(
-    rank: int, size: int, port: int, main: Callable[..., None], link: Connection, arguments: tuple[object, ...]
+    rank: int,
+    size: int,
+    port: int,
+    bound: bool,
+    main: Callable[..., None],
+    link: Connection,
+    arguments: tuple[object, ...],
 ) -> None:
     os.dup2(2, 1)  # rows alone go to standard output
     warnings.filterwarnings("ignore", category=FutureWarning)
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    if bound:
+        cores = allowed_cores()
+        bind([cores[rank % len(cores)]])
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     main(join_world(threads=1), link, *arguments)

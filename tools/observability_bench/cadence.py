@@ -62,21 +62,21 @@ def cadence_rows(bench: Bench) -> Iterator[Row]:
     """The demo model and the 14M model, two ranks."""
     for recipe in ("demo",) if bench.quick else ("demo", "bitmar-14m"):
         few = bench.quick or recipe != "demo"
-        for way, bar, steps, rounds in (
-            ("default", DEFAULT_BAR, 10 if bench.quick else None, 2 if few else 5),
-            ("everything", EVERYTHING_BAR, 5 if bench.quick else 20, 3 if few else 5),
-        ):
-            watched, off = (_group(bench, recipe, side) for side in (way, "off"))  # both read the same captions
-            steps = steps or watched.ask(EPOCH)[0]  # whose pictures are made at its end, and drawn in the next round
-            yield _row(bench, Turns(watched, off), recipe, way, bar, steps, rounds)
-            watched.close()
-            off.close()
+        pairs, rounds = 1 if bench.quick else 2, 2 if few else 3
+        yield _row(bench, recipe, "default", DEFAULT_BAR, 10 if bench.quick else None, pairs, rounds)
+        yield _row(bench, recipe, "everything", EVERYTHING_BAR, 5 if bench.quick else 20, 1, 3 if few else 5)
     yield _pass_row(bench)
     yield _histogram_row(bench)
 
 
-def _group(bench: Bench, recipe: str, way: str) -> Group:
-    return Group(_rank, 2, bench.config(recipe, f"{recipe}-{way}", "training.precision=fp32", *WAYS[way]))
+def _pair(bench: Bench, recipe: str, way: str, number: int) -> tuple[Group, Group]:
+    """The ranks that are watched, and those that are not; both read the same captions."""
+
+    def start(side: str) -> Group:
+        name = f"{recipe}-{side}-beside-{way}-{number}"
+        return Group(_rank, 2, bench.config(recipe, name, "training.precision=fp32", *WAYS[side]))
+
+    return start(way), start("off")
 
 
 class Turns:
@@ -117,9 +117,17 @@ def inside(turns: Sequence[tuple[float, float]], began: float, ended: float) -> 
     return sum(max(0.0, min(last, ended) - max(first, began)) for first, last in turns)
 
 
-def _row(bench: Bench, turns: Turns, recipe: str, way: str, bar: float, steps: int, rounds: int) -> Row:
-    turns.seconds(2)
-    found = [turns.seconds(steps) for _ in range(rounds)]
+def _row(bench: Bench, recipe: str, way: str, bar: float, steps: int | None, pairs: int, rounds: int) -> Row:
+    """Rounds of `steps` steps, or of an epoch, whose pictures are made at its end and drawn in the next round. What two
+    processes of the same kind differ by stays with them, so that there are several pairs."""
+    found = list[list[tuple[float, float]]]()
+    for number in range(pairs):
+        watched, off = _pair(bench, recipe, way, number)
+        turns, length = Turns(watched, off), steps or watched.ask(EPOCH)[0]
+        turns.seconds(2)
+        found += [turns.seconds(length) for _ in range(rounds)]
+        watched.close()
+        off.close()
     ratios = [mine[0] / other[0] for mine, other in found]
     meant = {
         "default": "metrics every 50 steps, attention every 100, pictures every epoch",

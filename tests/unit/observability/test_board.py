@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,29 @@ def test_a_drawing_that_fails_is_a_problem(tmp_path: Path) -> None:
     assert list(taken.pictures()) == []
     (problem,) = taken.problems()
     assert "no metrics to plot" in problem
+
+
+TELLS_ITS_CLASS = """#!{python}
+import os, pathlib, time
+told = pathlib.Path("{told}")
+while os.sched_getscheduler(0) != os.SCHED_IDLE:
+    time.sleep(0.01)
+told.touch()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the class is Linux's")
+def test_a_drawing_takes_only_what_is_left_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its start, by what the board does: the program that would start it waits for that."""
+    program = tmp_path / "programs" / "nice"
+    program.parent.mkdir()
+    program.write_text(TELLS_ITS_CLASS.format(python=sys.executable, told=tmp_path / "told"))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    taken = Board(tmp_path, str, ())
+    taken.draw(1)
+    taken.close()
+    assert (tmp_path / "told").exists()
 
 
 STANDS_STILL = """#!/bin/sh

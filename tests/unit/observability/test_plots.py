@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from bitmar.observability.records import JsonlSink, truncate_metrics_after
 from bitmar.observability.run_folder import is_generated, read_settings
 from tests.support.picture_runs import PICTURES as ALL
 from tests.support.picture_runs import Size, head_pictures, write_captions, write_run
+from tests.support.runs import ROOT
 
 OWN_KEYS = {
     "plot_losses": {"losses", "throughput", "schedule"},
@@ -27,6 +30,12 @@ OWN_KEYS = {
     "log_attention_maps": {"cross_modal"},
     "log_feature_pca": {"latents"},
 }
+
+
+def test_a_process_that_draws_needs_no_torch() -> None:
+    """Whose import takes a second of a core that training wants."""
+    code = "import sys, bitmar.observability.plots; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def stems(paths: list[Path]) -> list[str]:
