@@ -10,7 +10,6 @@ import dataclasses
 import gc
 import json
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
@@ -141,6 +140,6 @@ def test_plan_is_what_ranks_hold(size: int, tmp_path: Path) -> None:
     for stage, folder in zip(STAGES, folders, strict=True):
         plan = plan_of(config_of(size, Path(folder)), size)
         state = max(rank[folder]["state"] for rank in ranks)
-        peak = median(rank[folder]["peak"] for rank in ranks)  # they hold the same; what malloc leaves between differs
+        peak = max(rank[folder]["peak"] for rank in ranks)
         assert plan.state.lasting == pytest.approx(state, rel=0.05), (size, stage)
         assert plan.device_bytes == pytest.approx(peak, rel=0.2), (size, stage)
