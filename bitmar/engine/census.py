@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bitmar.config import COMPONENTS
-from bitmar.engine.fragments import Fragment
+from bitmar.engine.fragments import KINDS, Fragment
 from bitmar.model.bitmar import BitMar, rounded_layers
 from bitmar.model.quantize import BitLinear
 
@@ -25,8 +26,12 @@ BITS, A_BYTE = 2, 4  # of a ternary value, values in a byte
 _MAGNITUDES = torch.logspace(-10, 2, 49, dtype=torch.float64)  # four bins a decade
 # Between which numbers are counted, the same for all parameters; smaller and larger ones go into the last bins
 HISTOGRAM_EDGES = torch.cat([-_MAGNITUDES.flip(0), _MAGNITUDES])
-# Numbers that are summed in fp32 before their sum goes on in fp64. What is worked out of them stays in a CPU's cache
-CHUNK, CHUNK_OF_A_CPU = 2**20, 2**17
+# Numbers that are summed in fp32 before their sum goes on in fp64; runs of at most so many are copied to be joined.
+# What is worked out of a chunk stays in a CPU's cache; a GPU is idle until a call gives it many numbers
+CHUNK, SHORT = 2**20, 2**18
+CHUNK_OF_A_CPU, SHORT_OF_A_CPU = 2**17, 2**12
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,11 @@ def scales_of(layers: Iterable[BitLinear], device: torch.device) -> Float[Tensor
 def gradient_sums(pieces: Iterable[Fragment], device: torch.device) -> tuple[Tensor, Tensor]:
     """(Census.gradients, Census.sizes) of fragments whose tensor is "gradient"."""
     numbers, owners, sizes = list[Tensor](), list[int](), torch.zeros(len(COMPONENTS), dtype=torch.float64)
-    for piece in pieces:
-        whole, owner = piece.tensors["gradient"], _row_of(piece.name)
-        sizes[owner] += len(whole)
-        for g in _chunks(whole):
-            total, largest = g.sum(), torch.maximum(g.amax(), -g.amin())  # torch.aminmax takes longer on a CPU
-            numbers += [total, torch.dot(g, g), largest, _nonfinite(g, total)]
-            owners.append(owner)
+    for owner, (g,) in _joined((_row_of(piece.name), [piece.tensors["gradient"]]) for piece in pieces):
+        sizes[owner] += len(g)
+        total, largest = g.sum(), torch.maximum(g.amax(), -g.amin())  # torch.aminmax takes longer on a CPU
+        numbers += [total, torch.dot(g, g), largest, _nonfinite(g, total)]
+        owners.append(owner)
     out = torch.zeros(len(COMPONENTS), 4, dtype=torch.float64, device=device)
     if owners:
         table, of = _table(numbers, 4, device), torch.tensor(owners, device=device)
@@ -149,17 +152,15 @@ def update_sums(
     numbers, factors, owners = list[Tensor](), list[tuple[float, ...]](), list[int]()
     scratch = _Scratch()
     mean_factor, root_factor = 1 / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
-    for piece in pieces:
-        rate, decay = rates[piece.name]
+    keyed = (((_row_of(p.name), rates[p.name]), [p.tensors[kind] for kind in KINDS]) for p in pieces)
+    for (owner, (rate, decay)), (weight, mean, square) in _joined(keyed):
         pull = rate * decay / (1 - rate * decay)
         of_quotient = rate * mean_factor / root_factor * (1 + pull)
-        kinds = (_chunks(piece.tensors[kind]) for kind in ("model", "exp_avg", "exp_avg_sq"))
-        for weight, mean, square in zip(*kinds, strict=True):
-            quotient = torch.sqrt(square, out=scratch.like(square)).add_(eps / root_factor)
-            torch.div(mean, quotient, out=quotient)  # the change: of_quotient times this, and pull times the weight
-            numbers += [torch.dot(quotient, quotient), torch.dot(quotient, weight), torch.dot(weight, weight)]
-            factors.append((of_quotient**2, 2 * of_quotient * pull, pull**2))
-            owners.append(_row_of(piece.name))
+        quotient = torch.sqrt(square, out=scratch.like(square)).add_(eps / root_factor)
+        torch.div(mean, quotient, out=quotient)  # the change: of_quotient times this, and pull times the weight
+        numbers += [torch.dot(quotient, quotient), torch.dot(quotient, weight), torch.dot(weight, weight)]
+        factors.append((of_quotient**2, 2 * of_quotient * pull, pull**2))
+        owners.append(owner)
     out = torch.zeros(len(COMPONENTS), 2, dtype=torch.float64, device=device)
     if owners:
         table = _table(numbers, 3, device)
@@ -219,8 +220,34 @@ def _held(piece: Fragment, matrix: Matrix) -> tuple[int, Tensor]:
     return start - matrix.start, weight[start - piece.start : max(start, stop) - piece.start]
 
 
+def _joined(runs: Iterable[tuple[Key, Sequence[Tensor]]]) -> Iterator[tuple[Key, Sequence[Tensor]]]:
+    """Chunks of runs of numbers, one or several tensors side by side, of a key each; short runs of a key that follow
+    each other come as one: what is worked out of most takes less time than its calls. A chunk holds until the next."""
+    buffers, filled, of = list[Tensor](), 0, None
+    for key, run in runs:
+        length, (most, short) = len(run[0]), _lengths(run[0])
+        if filled and (key != of or filled + length > most):
+            yield of, [buffer[:filled] for buffer in buffers]  # type: ignore[misc]
+            filled = 0
+        if length > short:
+            for chunk in zip(*map(_chunks, run), strict=True):
+                yield key, chunk
+            continue
+        buffers = buffers or [numbers.new_empty(most) for numbers in run]
+        for buffer, numbers in zip(buffers, run, strict=True):
+            buffer[filled : filled + length] = numbers
+        of, filled = key, filled + length
+    if filled:
+        yield of, [buffer[:filled] for buffer in buffers]  # type: ignore[misc]
+
+
+def _lengths(numbers: Tensor) -> tuple[int, int]:
+    """Of a chunk, and of a short run."""
+    return (CHUNK_OF_A_CPU, SHORT_OF_A_CPU) if numbers.device.type == "cpu" else (CHUNK, SHORT)
+
+
 def _chunks(numbers: Tensor) -> tuple[Tensor, ...]:
-    return numbers.split(CHUNK_OF_A_CPU if numbers.device.type == "cpu" else CHUNK)
+    return numbers.split(_lengths(numbers)[0])
 
 
 def _table(numbers: list[Tensor], columns: int, device: torch.device) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.multiprocessing as mp
@@ -21,15 +22,37 @@ from shards.record import DataError
 TIMEOUT_S = 300  # of a collective: a guard against hangs, not a measure
 
 
-def run_ranks(size: int, folder: Path, function: Callable[..., Any], *arguments: Any, threads: int = 1) -> list[Any]:
+def run_ranks(
+    size: int,
+    folder: Path,
+    function: Callable[..., Any],
+    *arguments: Any,
+    threads: int = 1,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> list[Any]:
     """`function(world, *arguments)` in `size` processes; returns what each returned, by rank.
 
     Results travel through torch files in `folder`, so they may hold tensors and plain values. A rank that
     raises fails the caller with that rank's traceback.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    mp.spawn(_rank, (size, free_port(), str(folder), threads, function, arguments), nprocs=size)  # type: ignore[attr-defined]
+    with _accelerator(device):
+        mp.spawn(_rank, (size, free_port(), str(folder), threads, function, arguments), nprocs=size)  # type: ignore[attr-defined]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+@contextmanager
+def _accelerator(device: str) -> Iterator[None]:
+    """What processes that start in here compute on. DeepSpeed looks once, when it is imported."""
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = device
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DS_ACCELERATOR"]
+        else:
+            os.environ["DS_ACCELERATOR"] = before
 
 
 def train_all(world: World, cases: dict[str, tuple[Config, list[Path]]]) -> dict[str, str]:
@@ -60,7 +83,6 @@ def _rank(
         "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
     }
     world: World = join_world(TIMEOUT_S, threads)
     try:

@@ -25,6 +25,9 @@ from tools.engine_bench.ranks import WAIT_S, Group
 
 DEFAULT_BAR, EVERYTHING_BAR = 1.01, 1.10
 EPOCH = "epoch"  # asks a rank for its steps
+ON_GPU = torch.cuda.is_available()
+RANKS = torch.cuda.device_count() if ON_GPU else 2
+PRECISION = f"training.precision={'auto' if ON_GPU else 'fp32'}"
 TURN_S = 0.2  # one or two steps of the demo, a part of one of bitmar-14m
 OFF = (
     "wandb.enabled=false",
@@ -59,7 +62,7 @@ class Beats(Guard):
 
 
 def cadence_rows(bench: Bench) -> Iterator[Row]:
-    """The demo model and the 14M model, two ranks."""
+    """The demo model and the 14M model, two ranks; one a GPU where there are any."""
     for recipe in ("demo",) if bench.quick else ("demo", "bitmar-14m"):
         few = bench.quick or recipe != "demo"
         pairs, rounds = 1 if bench.quick else 2, 2 if few else 3
@@ -74,7 +77,7 @@ def _pair(bench: Bench, recipe: str, way: str, number: int) -> tuple[Group, Grou
 
     def start(side: str) -> Group:
         name = f"{recipe}-{side}-beside-{way}-{number}"
-        return Group(_rank, 2, bench.config(recipe, name, "training.precision=fp32", *WAYS[side]))
+        return Group(_rank, RANKS, bench.config(recipe, name, PRECISION, *WAYS[side]))
 
     return start(way), start("off")
 
@@ -134,7 +137,7 @@ def _row(bench: Bench, recipe: str, way: str, bar: float, steps: int | None, pai
         "everything": "metrics and attention at every step",
     }[way]
     return {
-        "name": f"observability cadence: {meant}, against logging off ({recipe}, 2 ranks, {bench.records.kind})",
+        "name": f"observability cadence: {meant}, against logging off ({recipe}, {RANKS} ranks, {bench.records.kind})",
         "ours": round(median(mine[0] for mine, _ in found), 4),
         "theirs": round(median(other[0] for _, other in found), 4),
         "ratio": round(median(ratios), 4),
@@ -148,7 +151,7 @@ def _row(bench: Bench, recipe: str, way: str, bar: float, steps: int | None, pai
 
 def _pass_row(bench: Bench) -> Row:
     """What sets the bound of the demo at every step: calls of a pass over a rank's captions, whatever is looked at."""
-    own = "training.precision=fp32", "wandb.probe_samples=2", *EVERYTHING
+    own = PRECISION, "wandb.probe_samples=2", *EVERYTHING
     group = Group(_passing_rank, 1, bench.config("demo", "demo-pass", *own))
     rounds = [group.ask(5 if bench.quick else 40)[0] for _ in range(5)]
     group.close()
@@ -168,7 +171,7 @@ def _pass_row(bench: Bench) -> Row:
 def _histogram_row(bench: Bench) -> Row:
     """What wandb.log_histograms adds to a log, against a step; it is off unless asked for."""
     recipe = "demo" if bench.quick else "bitmar-14m"
-    group = Group(_histogram_rank, 1, bench.config(recipe, f"{recipe}-histograms", "training.precision=fp32", *OFF))
+    group = Group(_histogram_rank, 1, bench.config(recipe, f"{recipe}-histograms", PRECISION, *OFF))
     rounds = [group.ask("count")[0] for _ in range(3)]
     group.close()
     counted, step = (median(side) for side in zip(*rounds, strict=True))

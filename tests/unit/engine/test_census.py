@@ -1,4 +1,5 @@
-"""The sums of a census do not depend on how the numbers are cut: into fragments of ranks, and into chunks."""
+"""The sums of a census do not depend on how the numbers are cut: into fragments of ranks, and into chunks, of
+which short ones are joined."""
 
 from __future__ import annotations
 
@@ -45,12 +46,13 @@ def cut(whole: dict[str, dict[str, Tensor]], at: float) -> list[list[Fragment]]:
 
 
 @settings(deadline=None, max_examples=40)
-@given(at=st.floats(0, 1), chunk=st.integers(1, 50), seed=st.integers(0, 99))
-def test_sums_over_ranks_are_those_of_the_whole_parameters(at: float, chunk: int, seed: int) -> None:
+@given(at=st.floats(0, 1), chunk=st.integers(1, 50), short=st.floats(0, 1), seed=st.integers(0, 99))
+def test_sums_over_ranks_are_those_of_the_whole_parameters(at: float, chunk: int, short: float, seed: int) -> None:
     whole = numbers(seed)
     scales = torch.rand(len(MATRICES), generator=torch.Generator().manual_seed(seed)) + 0.5
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(census, "CHUNK_OF_A_CPU", chunk * SAMPLE)
+        patch.setattr(census, "SHORT_OF_A_CPU", int(short * chunk * SAMPLE))
         ranks = cut(whole, at)
         gradients = [gradient_sums(rank, CPU) for rank in ranks]
         updates = sum(update_sums(rank, RATES, BETAS, EPS, STEP, CPU) for rank in ranks)
