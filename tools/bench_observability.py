@@ -23,9 +23,11 @@ from tools.engine_bench.common import Bench, Row
 from tools.machine import describe_machine
 from tools.observability_bench.cadence import cadence_rows
 from tools.observability_bench.costs import collective_rows, memory_rows, plot_rows
+from tools.observability_bench.servers import server_rows
 
 GROUPS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "cadence": cadence_rows,
+    "servers": server_rows,
     "collectives": collective_rows,
     "plot": plot_rows,
     "memory": memory_rows,

@@ -19,7 +19,7 @@ from bitmar.observability.schema import charts as charts_of
 from tests.support.mirror import CANARY, LOGS, mirror, own_environment, records, rows, told, wandb_files
 from tests.support.processes import wait_for
 from tests.support.runs import run_tool
-from tests.support.wandb_server import Useless, wandb_server
+from tools.observability_bench.wandb_server import Useless, wandb_server
 
 OFFLINE = {"offline": True}
 

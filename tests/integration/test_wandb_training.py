@@ -25,7 +25,7 @@ from tests.support.mirror import CANARY, home_variables, own_environment, record
 from tests.support.processes import wait_for
 from tests.support.runs import ROOT, STEPS, newest, recipe, write_recipe
 from tests.support.trainers import trainers
-from tests.support.wandb_server import Useless, wandb_server
+from tools.observability_bench.wandb_server import Useless, wandb_server
 
 pytestmark = pytest.mark.slow
 

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import psutil
+import torch
 import torch.multiprocessing as mp
 
 from bitmar.assembly import build_model, open_loader, open_shards
@@ -28,6 +29,7 @@ from tools.data_bench.records import ROOT
 from tools.engine_bench.common import ENDLESS, Bench, Row, step_batches
 
 BARS = {1: 1.7, 3: 1.5}  # by ZeRO stage
+LATE_IMPORTS = "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "wandb"  # what a run imports
 WAIT_S = 900  # for an answer: a guard against hangs
 
 
@@ -71,7 +73,9 @@ class Group:
     def __init__(self, main: Callable[..., None], size: int, *arguments: object, bound: bool = False) -> None:
         """main(world, link, *arguments) in each rank, which answers what the link brings until that is 0. `bound`: each
         on one core, also where it could have more; otherwise they are where the trainer puts them."""
-        context, port = mp.get_context("spawn"), free_port()
+        context = mp.get_context("spawn") if torch.cuda.is_available() else mp.get_context("forkserver")
+        port = free_port()
+        context.set_forkserver_preload([__name__, *LATE_IMPORTS])  # once, not by every rank
         pairs = [context.Pipe() for _ in range(size)]
         self.links = [mine for mine, _ in pairs]
         self.ranks = [
@@ -136,6 +140,12 @@ class Group:
         for link in self.links:
             link.send(0)
         for rank in self.ranks:
+            rank.join()
+
+    def end(self) -> None:
+        """End the ranks as they are."""
+        for rank in self.ranks:
+            rank.kill()
             rank.join()
 
 

@@ -66,10 +66,11 @@ def cadence_rows(bench: Bench) -> Iterator[Row]:
     for recipe in ("demo",) if bench.quick else ("demo", "bitmar-14m"):
         few = bench.quick or recipe != "demo"
         pairs, rounds = 1 if bench.quick else 2, 2 if few else 3
-        yield _row(bench, recipe, "default", DEFAULT_BAR, 10 if bench.quick else None, pairs, rounds)
-        yield _row(bench, recipe, "everything", EVERYTHING_BAR, 5 if bench.quick else 20, 1, 3 if few else 5)
-    yield _pass_row(bench)
-    yield _histogram_row(bench)
+        yield _row(bench, recipe, "default", DEFAULT_BAR, 5 if bench.quick else None, pairs, rounds)
+        yield _row(bench, recipe, "everything", EVERYTHING_BAR, 3 if bench.quick else 20, 1, 3 if few else 5)
+    if not bench.quick:  # of no bar
+        yield _pass_row(bench)
+        yield _histogram_row(bench)
 
 
 def _pair(bench: Bench, recipe: str, way: str, number: int) -> tuple[Group, Group]:
@@ -77,15 +78,15 @@ def _pair(bench: Bench, recipe: str, way: str, number: int) -> tuple[Group, Grou
 
     def start(side: str) -> Group:
         name = f"{recipe}-{side}-beside-{way}-{number}"
-        return Group(_rank, RANKS, bench.config(recipe, name, PRECISION, *WAYS[side]))
+        return Group(rank, RANKS, bench.config(recipe, name, PRECISION, *WAYS[side]))
 
     return start(way), start("off")
 
 
 class Turns:
-    """Two groups of ranks that train in turns of TURN_S, the other one stopped by a signal with all its children.
+    """Groups of ranks that train in turns of TURN_S, the others stopped by a signal with all their children.
 
-    The speed of a machine changes in seconds by more than what is measured here; turns make both sides meet the same.
+    The speed of a machine changes in seconds by more than what is measured here; turns make all sides meet the same.
     What a side does beside its steps (wandb's process, drawing) runs in its own turns, and is a part of its time.
     """
 
@@ -110,7 +111,7 @@ class Turns:
             side.go_on()
         told = [side.answers() for side in self.sides]
         return [
-            (max(inside(mine, *rank.wall) for rank in ranks) / steps, sum(rank.cpu for rank in ranks) / steps)
+            (max(inside(mine, *one.wall) for one in ranks) / steps, sum(one.cpu for one in ranks) / steps)
             for mine, ranks in zip(turns, told, strict=True)
         ]
 
@@ -153,7 +154,7 @@ def _pass_row(bench: Bench) -> Row:
     """What sets the bound of the demo at every step: calls of a pass over a rank's captions, whatever is looked at."""
     own = PRECISION, "wandb.probe_samples=2", *EVERYTHING
     group = Group(_passing_rank, 1, bench.config("demo", "demo-pass", *own))
-    rounds = [group.ask(5 if bench.quick else 40)[0] for _ in range(5)]
+    rounds = [group.ask(40)[0] for _ in range(5)]
     group.close()
     looked_at, bare = (median(side) for side in zip(*rounds, strict=True))
     return {
@@ -170,7 +171,7 @@ def _pass_row(bench: Bench) -> Row:
 
 def _histogram_row(bench: Bench) -> Row:
     """What wandb.log_histograms adds to a log, against a step; it is off unless asked for."""
-    recipe = "demo" if bench.quick else "bitmar-14m"
+    recipe = "bitmar-14m"
     group = Group(_histogram_rank, 1, bench.config(recipe, f"{recipe}-histograms", PRECISION, *OFF))
     rounds = [group.ask("count")[0] for _ in range(3)]
     group.close()
@@ -194,7 +195,8 @@ class Taken:
     cpu: float
 
 
-def _rank(world: World, link: Connection, config: Config) -> None:
+def rank(world: World, link: Connection, config: Config) -> None:
+    """Trains so many steps as the link asks for, until it asks for none."""
     run = assemble(config, world, Beats())
     _await_mirror(config)
     while asked := link.recv():

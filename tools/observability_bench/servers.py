@@ -1,0 +1,68 @@
+"""Rows "observability cadence: ... beside a wandb server that ...": steps beside useless servers, against those of a
+run that is offline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from statistics import median
+
+from bitmar.config import Config
+from bitmar.engine.world import World
+from tools.engine_bench.common import Bench, Row
+from tools.engine_bench.ranks import Group
+from tools.observability_bench.cadence import DEFAULT, PRECISION, RANKS, Turns, rank
+from tools.observability_bench.wandb_server import Useless, WandbServer, wandb_server
+
+SERVER_BAR = 1.02  # what rounds of two runs that are offline differ by, and more than their median does
+DOES = {"hangs": "hangs", "closed": "is closed", "500": "answers 500"}
+LOGS = ("wandb.log_every_n_steps=5", "wandb.create_plots=false")
+
+
+def server_rows(bench: Bench) -> Iterator[Row]:
+    """Each kind of useless server: it takes the run's start, and is of no use from then on."""
+    kinds: tuple[Useless, ...] = ("hangs",) if bench.quick else ("hangs", "closed", "500")
+    with ExitStack() as stack:
+        servers = [stack.enter_context(wandb_server("answers")) for _ in kinds]
+        offline = _start(bench, "offline", "wandb.offline=true")
+        beside = [_start(bench, k, "wandb.offline=false", server=s) for k, s in zip(kinds, servers, strict=True)]
+        turns = Turns(offline, *beside)
+        turns.seconds(2)
+        for kind, server in zip(kinds, servers, strict=True):
+            assert any(name == "UpsertBucket" for name, _ in server.operations), "a run is not online"
+            server.turn(kind)
+        steps, rounds = (5, 2) if bench.quick else (60, 5)
+        found = [turns.seconds(steps) for _ in range(rounds)]
+        for group in (offline, *beside):
+            group.end()  # a run's end waits for its server
+    for place, kind in enumerate(kinds, start=1):
+        ratios = [sides[place][0] / sides[0][0] for sides in found]
+        yield {
+            "name": f"observability cadence: a log every 5 steps, beside a wandb server that {DOES[kind]}, against a "
+            f"run that is offline (demo, {RANKS} ranks, {bench.records.kind})",
+            "ours": round(median(sides[place][0] for sides in found), 4),
+            "theirs": round(median(sides[0][0] for sides in found), 4),
+            "ratio": round(median(ratios), 4),
+            "unit": "s a step",
+            "bar": f"<= {SERVER_BAR}",
+            "ok": bench.verdict(ratios, lambda ratio: ratio <= SERVER_BAR),
+            "each_round": [round(ratio, 4) for ratio in ratios],
+        }
+
+
+def _start(bench: Bench, name: str, *own: str, server: WandbServer | None = None) -> Group:
+    """Ranks that log to a server, or offline."""
+    home = bench.folder / f"home-{name}"
+    environment = {"WANDB_MODE": "offline"}
+    if server is not None:
+        environment = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
+    environment |= {f"WANDB_{kind}_DIR": str(home / kind.lower()) for kind in ("CACHE", "CONFIG", "DATA")}
+    config = bench.config("demo", f"beside-{name}", PRECISION, *DEFAULT, *LOGS, *own)
+    return Group(_rank, RANKS, environment, config)
+
+
+def _rank(world: World, link: Connection, environment: dict[str, str], config: Config) -> None:
+    os.environ |= environment
+    rank(world, link, config)
