@@ -42,6 +42,7 @@ def test_the_offline_file_holds_every_metric_over_the_step(tmp_path: Path) -> No
         assert {name: row[name] for name in wanted} == {**wanted, STEP_METRIC: row[STEP_METRIC]}
     (image,) = [row for row in rows(file) if "Plots/Losses/_type" in row]
     assert (image[STEP_METRIC], image["Plots/Losses/_type"]) == (40, "image-file")
+    assert [image[f"Plots/Losses/{key}"] for key in ("width", "height", "format")] == [2, 2, "png"]
     assert imread(file.parent / "files" / image["Plots/Losses/path"]).shape == (2, 2)
 
     assert any(axis.glob_name == "*" and axis.step_metric == STEP_METRIC for axis in records(file, "metric"))

@@ -18,6 +18,7 @@ from bitmar.assembly import assemble
 from bitmar.config import Config
 from bitmar.engine.world import World, free_port, join_world, leave, leave_world
 from shards.record import DataError
+from tools.engine_bench.ranks import LATE_IMPORTS
 
 TIMEOUT_S = 300  # of a collective: a guard against hangs, not a measure
 
@@ -37,7 +38,11 @@ def run_ranks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _accelerator(device):
-        mp.spawn(_rank, (size, free_port(), str(folder), threads, function, arguments), nprocs=size)  # type: ignore[attr-defined]
+        own = size, free_port(), str(folder), threads, dict(os.environ), function, arguments
+        # forked from a process that has imported all there is; CUDA does not survive a fork
+        mp.get_context("forkserver").set_forkserver_preload([__name__, *LATE_IMPORTS])
+        method = "forkserver" if device == "cpu" else "spawn"
+        mp.start_processes(_rank, own, nprocs=size, start_method=method)  # type: ignore[attr-defined]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(size)]
 
 
@@ -74,10 +79,18 @@ def train_all(world: World, cases: dict[str, tuple[Config, list[Path]]]) -> dict
 
 
 def _rank(
-    rank: int, size: int, port: int, folder: str, threads: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    size: int,
+    port: int,
+    folder: str,
+    threads: int,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ |= {
+    os.environ.clear()
+    os.environ |= environment | {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(rank),

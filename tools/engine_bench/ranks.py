@@ -29,7 +29,7 @@ from tools.data_bench.records import ROOT
 from tools.engine_bench.common import ENDLESS, Bench, Row, step_batches
 
 BARS = {1: 1.7, 3: 1.5}  # by ZeRO stage
-LATE_IMPORTS = "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "wandb"  # what a run imports
+LATE_IMPORTS = "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"  # what the start of an engine imports
 WAIT_S = 900  # for an answer: a guard against hangs
 
 
@@ -75,7 +75,7 @@ class Group:
         on one core, also where it could have more; otherwise they are where the trainer puts them."""
         context = mp.get_context("spawn") if torch.cuda.is_available() else mp.get_context("forkserver")
         port = free_port()
-        context.set_forkserver_preload([__name__, *LATE_IMPORTS])  # once, not by every rank
+        context.set_forkserver_preload([__name__, *LATE_IMPORTS, "wandb"])  # once, not by every rank
         pairs = [context.Pipe() for _ in range(size)]
         self.links = [mine for mine, _ in pairs]
         self.ranks = [
