@@ -27,7 +27,7 @@ _MAGNITUDES = torch.logspace(-10, 2, 49, dtype=torch.float64)  # four bins a dec
 # Between which numbers are counted, the same for all parameters; smaller and larger ones go into the last bins
 HISTOGRAM_EDGES = torch.cat([-_MAGNITUDES.flip(0), _MAGNITUDES])
 # Numbers that are summed in fp32 before their sum goes on in fp64; runs of at most so many are copied to be joined.
-# What is worked out of a chunk stays in a CPU's cache; a GPU is idle until a call gives it many numbers
+# What is worked out of a chunk stays in a CPU's cache; a GPU waits for calls, and gets many numbers with each
 CHUNK, SHORT = 2**20, 2**18
 CHUNK_OF_A_CPU, SHORT_OF_A_CPU = 2**17, 2**12
 
