@@ -27,7 +27,7 @@ from shards.order import Order
 GIB = 2**30
 # What allocators and libraries hold on top. CUDA: context and libraries' workspaces (1.30 GiB of an H100 beside what
 # torch 2.11 reserved, three models; NCCL among several ranks not measured). CPU: glibc keeps freed pieces of what comes
-# and goes in a step; with 0.4 of it the plan is 0.84 to 1.13 of the growth of a process (the worlds and stages of
+# and goes in a step; with 0.4 of it the plan is 0.84 to 1.13 of the growth of a new process (worlds and stages of
 # tests/integration/test_memory_plan.py).
 FIXED_BYTES = {"cuda": int(1.3 * GIB), "cpu": 0}
 FRAGMENTED = {"cuda": 0.1, "cpu": 0.4}  # of activations, gathered weights and buckets

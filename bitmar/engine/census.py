@@ -26,10 +26,10 @@ BITS, A_BYTE = 2, 4  # of a ternary value, values in a byte
 _MAGNITUDES = torch.logspace(-10, 2, 49, dtype=torch.float64)  # four bins a decade
 # Between which numbers are counted, the same for all parameters; smaller and larger ones go into the last bins
 HISTOGRAM_EDGES = torch.cat([-_MAGNITUDES.flip(0), _MAGNITUDES])
-# Numbers that are summed in fp32 before their sum goes on in fp64; runs of at most so many are copied to be joined.
-# What is worked out of a chunk stays in a CPU's cache; a GPU waits for calls, and gets many numbers with each
-CHUNK, SHORT = 2**20, 2**18
-CHUNK_OF_A_CPU, SHORT_OF_A_CPU = 2**17, 2**12
+# Numbers that are summed in fp32 before their sum goes on in fp64. What is worked out of them stays in a CPU's cache
+CHUNK, CHUNK_OF_A_CPU = 2**20, 2**17
+# Runs of at most so many, less than a chunk, are copied to be joined. On a GPU a call takes as long as many numbers
+SHORT, SHORT_OF_A_CPU = 2**18, 2**12
 
 Key = TypeVar("Key")
 
@@ -221,13 +221,16 @@ def _held(piece: Fragment, matrix: Matrix) -> tuple[int, Tensor]:
 
 
 def _joined(runs: Iterable[tuple[Key, Sequence[Tensor]]]) -> Iterator[tuple[Key, Sequence[Tensor]]]:
-    """Chunks of runs of numbers, one or several tensors side by side, of a key each; short runs of a key that follow
-    each other come as one: what is worked out of most takes less time than its calls. A chunk holds until the next."""
-    buffers, filled, of = list[Tensor](), 0, None
+    """Chunks of runs of numbers (one or several tensors of a length, all of one device and type) that have a key each.
+
+    Short runs of a key that follow each other are copied into one: calls cost more there than arithmetic. A chunk is
+    valid until the next one is asked for, and so is a run.
+    """
+    buffers, filled, of = list[Tensor](), 0, list[Key]()
     for key, run in runs:
         length, (most, short) = len(run[0]), _lengths(run[0])
-        if filled and (key != of or filled + length > most):
-            yield of, [buffer[:filled] for buffer in buffers]  # type: ignore[misc]
+        if filled and ([key] != of or filled + length > most):
+            yield of[0], [buffer[:filled] for buffer in buffers]
             filled = 0
         if length > short:
             for chunk in zip(*map(_chunks, run), strict=True):
@@ -236,9 +239,9 @@ def _joined(runs: Iterable[tuple[Key, Sequence[Tensor]]]) -> Iterator[tuple[Key,
         buffers = buffers or [numbers.new_empty(most) for numbers in run]
         for buffer, numbers in zip(buffers, run, strict=True):
             buffer[filled : filled + length] = numbers
-        of, filled = key, filled + length
+        of, filled = [key], filled + length
     if filled:
-        yield of, [buffer[:filled] for buffer in buffers]  # type: ignore[misc]
+        yield of[0], [buffer[:filled] for buffer in buffers]
 
 
 def _lengths(numbers: Tensor) -> tuple[int, int]:

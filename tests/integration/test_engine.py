@@ -1,6 +1,6 @@
 """The engine on real ranks: ZeRO 0 to 3, 1 and 2 ranks, accumulation, give one training run.
 
-The ranks are spawned once a world size and build engine after engine.
+The ranks are started once a world size and build engine after engine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, and losses that spike, on 2 real ranks spawned once.
+"""Losses and gradients that are not finite, and losses that spike, on 2 real ranks started once.
 
 Faults are brought in by hooks on the model of rank 1's own process; rank 0 must follow by agreement alone.
 """

@@ -1,6 +1,6 @@
 """What the plan tells of a rank's memory, against ranks that train: their tensors, and the growth of the process.
 
-Worlds of 1 to 4 ranks, each with a model of its own, under ZeRO-1, 2 and 3. The ranks are spawned once a world.
+Worlds of 1 to 4 ranks, each with a model of its own, under ZeRO-1, 2 and 3. The ranks are started once a world.
 """
 
 from __future__ import annotations

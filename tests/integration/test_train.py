@@ -1,6 +1,6 @@
 """Whole trainings on 2 ranks: resume to the bit, the run's directory, checkpoints that are refused.
 
-The ranks are spawned once and run training after training; the tests read what the runs left on disk.
+The ranks are started once and run training after training; the tests read what the runs left on disk.
 """
 
 from __future__ import annotations

@@ -52,6 +52,16 @@ def test_the_offline_file_holds_every_metric_over_the_step(tmp_path: Path) -> No
     assert told(run_dir, "warning") == []
 
 
+def test_a_picture_is_not_unpacked_on_its_way(tmp_path: Path) -> None:
+    """Its size stands at its beginning: one that is torn behind that is sent as well."""
+    script = "picture.write_bytes(picture.read_bytes()[:45]); sink.image(10, 'Plots/Losses', picture); sink.close(0)"
+    mirror(tmp_path / "run", tmp_path / "home", script=script)
+    (file,) = wandb_files(tmp_path / "run")
+    (image,) = rows(file)
+    assert [image[f"Plots/Losses/{key}"] for key in ("width", "height")] == [2, 2]
+    assert told(tmp_path / "run", "warning") == []
+
+
 def test_a_picture_that_is_ready_late_is_shown_at_the_newest_step(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     mirror(run_dir, tmp_path / "home", LOGS.replace("image(40", "image(10"), wandb=OFFLINE)

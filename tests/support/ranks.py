@@ -18,7 +18,7 @@ from bitmar.assembly import assemble
 from bitmar.config import Config
 from bitmar.engine.world import World, free_port, join_world, leave, leave_world
 from shards.record import DataError
-from tools.engine_bench.ranks import LATE_IMPORTS
+from tools.engine_bench.preload import LATE_IMPORTS
 
 TIMEOUT_S = 300  # of a collective: a guard against hangs, not a measure
 
@@ -39,9 +39,9 @@ def run_ranks(
     folder.mkdir(parents=True, exist_ok=True)
     with _accelerator(device):
         own = size, free_port(), str(folder), threads, dict(os.environ), function, arguments
-        # forked from a process that has imported all there is; CUDA does not survive a fork
-        mp.get_context("forkserver").set_forkserver_preload([__name__, *LATE_IMPORTS])
-        method = "forkserver" if device == "cpu" else "spawn"
+        if device == "cpu":  # forked from a process that has imported all there is
+            mp.get_context("forkserver").set_forkserver_preload([__name__, *LATE_IMPORTS])
+        method = "forkserver" if device == "cpu" else "spawn"  # CUDA does not survive a fork
         mp.start_processes(_rank, own, nprocs=size, start_method=method)  # type: ignore[attr-defined]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(size)]
 

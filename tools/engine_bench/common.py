@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,16 @@ class Bench:
         if self.quick:
             return all(holds(value) for value in values) or None
         return holds(median(values))
+
+
+def on_gpus() -> bool:
+    """Whether ranks compute on GPUs, as bitmar.engine.world decides it."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def measured_world() -> tuple[int, str]:
+    """(ranks, their precision as an override) where ranks are measured: one a GPU in what it is fast in, or two."""
+    return (torch.cuda.device_count(), "training.precision=auto") if on_gpus() else (2, "training.precision=fp32")
 
 
 @dataclass

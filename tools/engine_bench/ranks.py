@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 import psutil
-import torch
 import torch.multiprocessing as mp
 
 from bitmar.assembly import build_model, open_loader, open_shards
@@ -26,10 +25,10 @@ from bitmar.engine.world import World, free_port, join_world, leave, leave_world
 from bitmar.engine.zero import ZeroEngine
 from bitmar.model.memory import MemoryState
 from tools.data_bench.records import ROOT
-from tools.engine_bench.common import ENDLESS, Bench, Row, step_batches
+from tools.engine_bench.common import ENDLESS, Bench, Row, on_gpus, step_batches
+from tools.engine_bench.preload import LATE_IMPORTS
 
 BARS = {1: 1.7, 3: 1.5}  # by ZeRO stage
-LATE_IMPORTS = "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"  # what the start of an engine imports
 WAIT_S = 900  # for an answer: a guard against hangs
 
 
@@ -73,13 +72,18 @@ class Group:
     def __init__(self, main: Callable[..., None], size: int, *arguments: object, bound: bool = False) -> None:
         """main(world, link, *arguments) in each rank, which answers what the link brings until that is 0. `bound`: each
         on one core, also where it could have more; otherwise they are where the trainer puts them."""
-        context = mp.get_context("spawn") if torch.cuda.is_available() else mp.get_context("forkserver")
-        port = free_port()
-        context.set_forkserver_preload([__name__, *LATE_IMPORTS, "wandb"])  # once, not by every rank
+        port, environment = free_port(), dict(os.environ)
+        if on_gpus():
+            context = mp.get_context("spawn")  # CUDA does not survive a fork
+        else:
+            context = mp.get_context("forkserver")
+            context.set_forkserver_preload([__name__, *LATE_IMPORTS, "wandb"])  # once, not by every rank
         pairs = [context.Pipe() for _ in range(size)]
         self.links = [mine for mine, _ in pairs]
         self.ranks = [
-            context.Process(target=_join, args=(rank, size, port, bound, main, theirs, arguments), daemon=True)
+            context.Process(
+                target=_join, args=(rank, size, port, environment, bound, main, theirs, arguments), daemon=True
+            )
             for rank, (_, theirs) in enumerate(pairs)
         ]
         for rank in self.ranks:
@@ -143,10 +147,15 @@ class Group:
             rank.join()
 
     def end(self) -> None:
-        """End the ranks as they are."""
+        """End the ranks, and what they have started, as they are."""
+        children = self._find_children()
         for rank in self.ranks:
             rank.kill()
+        _signal(children, signal.SIGKILL)
+        for rank in self.ranks:
             rank.join()
+        for link in self.links:
+            link.close()
 
 
 def _signal(pids: Sequence[int], number: int) -> None:
@@ -159,6 +168,7 @@ def _join(
     rank: int,
     size: int,
     port: int,
+    environment: dict[str, str],
     bound: bool,
     main: Callable[..., None],
     link: Connection,
@@ -169,7 +179,7 @@ def _join(
     if bound:
         cores = allowed_cores()
         bind([cores[rank % len(cores)]])
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= environment | {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     main(join_world(threads=1), link, *arguments)
     leave_world()

@@ -20,14 +20,11 @@ from bitmar.engine.faults import Guard
 from bitmar.engine.world import World
 from bitmar.observability.probes import gates_of
 from bitmar.observability.records import EVENTS_FILE, read_lines
-from tools.engine_bench.common import ENDLESS, Bench, Row
+from tools.engine_bench.common import ENDLESS, Bench, Row, measured_world
 from tools.engine_bench.ranks import WAIT_S, Group
 
 DEFAULT_BAR, EVERYTHING_BAR = 1.01, 1.10
 EPOCH = "epoch"  # asks a rank for its steps
-ON_GPU = torch.cuda.is_available()
-RANKS = torch.cuda.device_count() if ON_GPU else 2
-PRECISION = f"training.precision={'auto' if ON_GPU else 'fp32'}"
 TURN_S = 0.2  # one or two steps of the demo, a part of one of bitmar-14m
 OFF = (
     "wandb.enabled=false",
@@ -76,9 +73,11 @@ def cadence_rows(bench: Bench) -> Iterator[Row]:
 def _pair(bench: Bench, recipe: str, way: str, number: int) -> tuple[Group, Group]:
     """The ranks that are watched, and those that are not; both read the same captions."""
 
+    ranks, precision = measured_world()
+
     def start(side: str) -> Group:
         name = f"{recipe}-{side}-beside-{way}-{number}"
-        return Group(rank, RANKS, bench.config(recipe, name, PRECISION, *WAYS[side]))
+        return Group(training_rank, ranks, bench.config(recipe, name, precision, *WAYS[side]))
 
     return start(way), start("off")
 
@@ -87,7 +86,8 @@ class Turns:
     """Groups of ranks that train in turns of TURN_S, the others stopped by a signal with all their children.
 
     The speed of a machine changes in seconds by more than what is measured here; turns make all sides meet the same.
-    What a side does beside its steps (wandb's process, drawing) runs in its own turns, and is a part of its time.
+    What a side does beside its steps (wandb's process, drawing) runs in its own turns, and is a part of its time. What
+    a rank has handed to a GPU by then is not stopped: some of it runs in the turn that follows.
     """
 
     def __init__(self, *sides: Group) -> None:
@@ -111,7 +111,7 @@ class Turns:
             side.go_on()
         told = [side.answers() for side in self.sides]
         return [
-            (max(inside(mine, *one.wall) for one in ranks) / steps, sum(one.cpu for one in ranks) / steps)
+            (max(inside(mine, *rank.wall) for rank in ranks) / steps, sum(rank.cpu for rank in ranks) / steps)
             for mine, ranks in zip(turns, told, strict=True)
         ]
 
@@ -138,7 +138,8 @@ def _row(bench: Bench, recipe: str, way: str, bar: float, steps: int | None, pai
         "everything": "metrics and attention at every step",
     }[way]
     return {
-        "name": f"observability cadence: {meant}, against logging off ({recipe}, {RANKS} ranks, {bench.records.kind})",
+        "name": f"observability cadence: {meant}, against logging off ({recipe}, {measured_world()[0]} ranks, "
+        f"{bench.records.kind})",
         "ours": round(median(mine[0] for mine, _ in found), 4),
         "theirs": round(median(other[0] for _, other in found), 4),
         "ratio": round(median(ratios), 4),
@@ -152,7 +153,7 @@ def _row(bench: Bench, recipe: str, way: str, bar: float, steps: int | None, pai
 
 def _pass_row(bench: Bench) -> Row:
     """What sets the bound of the demo at every step: calls of a pass over a rank's captions, whatever is looked at."""
-    own = PRECISION, "wandb.probe_samples=2", *EVERYTHING
+    own = measured_world()[1], "wandb.probe_samples=2", *EVERYTHING
     group = Group(_passing_rank, 1, bench.config("demo", "demo-pass", *own))
     rounds = [group.ask(40)[0] for _ in range(5)]
     group.close()
@@ -172,7 +173,8 @@ def _pass_row(bench: Bench) -> Row:
 def _histogram_row(bench: Bench) -> Row:
     """What wandb.log_histograms adds to a log, against a step; it is off unless asked for."""
     recipe = "bitmar-14m"
-    group = Group(_histogram_rank, 1, bench.config(recipe, f"{recipe}-histograms", PRECISION, *OFF))
+    config = bench.config(recipe, f"{recipe}-histograms", measured_world()[1], *OFF)
+    group = Group(_histogram_rank, 1, config)
     rounds = [group.ask("count")[0] for _ in range(3)]
     group.close()
     counted, step = (median(side) for side in zip(*rounds, strict=True))
@@ -195,8 +197,8 @@ class Taken:
     cpu: float
 
 
-def rank(world: World, link: Connection, config: Config) -> None:
-    """Trains so many steps as the link asks for, until it asks for none."""
+def training_rank(world: World, link: Connection, config: Config) -> None:
+    """Trains so many steps as the link asks for, until it asks for none; asked for EPOCH, tells how many that is."""
     run = assemble(config, world, Beats())
     _await_mirror(config)
     while asked := link.recv():
@@ -231,12 +233,20 @@ def _passing_rank(world: World, link: Connection, config: Config) -> None:
         taken = []
         for work in (functools.partial(probing.pass_heads, run, batch), bare):
             work()
+            _wait_for(world.device)
             began = time.perf_counter()
             for _ in range(passes):
                 work()
+            _wait_for(world.device)
             taken.append((time.perf_counter() - began) / passes)
         link.send(tuple(taken))
     run.sinks.close(0)
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was handed."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _histogram_rank(world: World, link: Connection, config: Config) -> None:

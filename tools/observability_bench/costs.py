@@ -24,7 +24,7 @@ from bitmar.observability.schema import Layout, schema_of
 from bitmar.observability.stats import Statistics
 from shards.loader import LoaderState
 from tools.data_bench.records import ROOT
-from tools.engine_bench.common import Bench, Row
+from tools.engine_bench.common import Bench, Row, measured_world
 from tools.engine_bench.ranks import Group
 from tools.observability_bench.cadence import EVERYTHING, Beats, train_steps
 
@@ -35,20 +35,19 @@ OPERATIONS_BAR = 4
 
 def collective_rows(bench: Bench) -> Iterator[Row]:
     """Collectives of a log, counted while two ranks train; bytes of one, counted for many ranks."""
-    config = bench.config(
-        "demo", "collectives", "training.precision=fp32", *EVERYTHING, "wandb.pca_log_interval=1000000"
-    )
-    group = Group(_counting_rank, 2, config)
+    ranks, precision = measured_world()
+    config = bench.config("demo", "collectives", precision, *EVERYTHING, "wandb.pca_log_interval=1000000")
+    group = Group(_counting_rank, ranks, config)
     told = group.ask("log")[0]
     group.close()
     yield {
-        "name": "observability collectives: of a log, metrics and attention (demo, 2 ranks)",
+        "name": f"observability collectives: of a log, metrics and attention (demo, {ranks} ranks)",
         "ours": sum(told.values()),
         "theirs": None,
         "value": sum(told.values()),
         "unit": "collectives",
         "bar": f"one an operation, <= {OPERATIONS_BAR}",
-        "ok": all(count == 1 for count in told.values()) and len(told) <= OPERATIONS_BAR,
+        "ok": (ranks == 1) == (not told) and all(count == 1 for count in told.values()) and len(told) <= OPERATIONS_BAR,
         "by_operation": told,
     }
     recipe = load_config(ROOT / "launch" / "recipes" / "bitmar-700m.yaml")

@@ -11,12 +11,12 @@ from statistics import median
 
 from bitmar.config import Config
 from bitmar.engine.world import World
-from tools.engine_bench.common import Bench, Row
+from tools.engine_bench.common import Bench, Row, measured_world
 from tools.engine_bench.ranks import Group
-from tools.observability_bench.cadence import DEFAULT, PRECISION, RANKS, Turns, rank
+from tools.observability_bench.cadence import DEFAULT, Turns, training_rank
 from tools.observability_bench.wandb_server import Useless, WandbServer, wandb_server
 
-SERVER_BAR = 1.02  # what rounds of two runs that are offline differ by, and more than their median does
+SERVER_BAR = 1.02  # rounds of two offline runs differ by up to this, their median by less
 DOES = {"hangs": "hangs", "closed": "is closed", "500": "answers 500"}
 LOGS = ("wandb.log_every_n_steps=5", "wandb.create_plots=false")
 
@@ -27,21 +27,24 @@ def server_rows(bench: Bench) -> Iterator[Row]:
     with ExitStack() as stack:
         servers = [stack.enter_context(wandb_server("answers")) for _ in kinds]
         offline = _start(bench, "offline", "wandb.offline=true")
-        beside = [_start(bench, k, "wandb.offline=false", server=s) for k, s in zip(kinds, servers, strict=True)]
+        stack.callback(offline.end)  # as they are: a run's own end waits for its server
+        beside = list[Group]()
+        for kind, server in zip(kinds, servers, strict=True):
+            beside.append(_start(bench, kind, "wandb.offline=false", server=server))
+            stack.callback(beside[-1].end)
         turns = Turns(offline, *beside)
         turns.seconds(2)
         for kind, server in zip(kinds, servers, strict=True):
-            assert any(name == "UpsertBucket" for name, _ in server.operations), "a run is not online"
+            if not any(name == "UpsertBucket" for name, _ in server.operations):
+                raise RuntimeError("a run of the benchmark is not online")
             server.turn(kind)
         steps, rounds = (5, 2) if bench.quick else (60, 5)
         found = [turns.seconds(steps) for _ in range(rounds)]
-        for group in (offline, *beside):
-            group.end()  # a run's end waits for its server
     for place, kind in enumerate(kinds, start=1):
         ratios = [sides[place][0] / sides[0][0] for sides in found]
         yield {
             "name": f"observability cadence: a log every 5 steps, beside a wandb server that {DOES[kind]}, against a "
-            f"run that is offline (demo, {RANKS} ranks, {bench.records.kind})",
+            f"run that is offline (demo, {measured_world()[0]} ranks, {bench.records.kind})",
             "ours": round(median(sides[place][0] for sides in found), 4),
             "theirs": round(median(sides[0][0] for sides in found), 4),
             "ratio": round(median(ratios), 4),
@@ -59,10 +62,11 @@ def _start(bench: Bench, name: str, *own: str, server: WandbServer | None = None
     if server is not None:
         environment = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
     environment |= {f"WANDB_{kind}_DIR": str(home / kind.lower()) for kind in ("CACHE", "CONFIG", "DATA")}
-    config = bench.config("demo", f"beside-{name}", PRECISION, *DEFAULT, *LOGS, *own)
-    return Group(_rank, RANKS, environment, config)
+    ranks, precision = measured_world()
+    config = bench.config("demo", f"beside-{name}", precision, *DEFAULT, *LOGS, *own)
+    return Group(_rank, ranks, environment, config)
 
 
 def _rank(world: World, link: Connection, environment: dict[str, str], config: Config) -> None:
     os.environ |= environment
-    rank(world, link, config)
+    training_rank(world, link, config)
