@@ -27,7 +27,7 @@ _WORD_LETTERS = 12
 _PATTERNS, _PATTERN_COLUMNS = 12, 3  # of heads in a picture
 _NAMED_COLUMNS, _NAMED_ROW_IN = 12, 0.22  # most heads a row, and least height of one, that leave room for names
 _NUMBERED_COLUMNS = 6  # and for numbers
-_LABEL_IN = 0.15  # height of a word
+_LABEL_IN, _LABEL_SIZE = 0.15, 9  # height of a word, and its points
 
 
 def of_kinds(heads: Arrays, figure: str) -> dict[str, np.ndarray]:
@@ -47,8 +47,9 @@ def distribution_figure(about: d.About, heads: Arrays) -> Figure | None:
     values = {figure: of_kinds(heads, figure) for figure, *_ in panels}
     if not any(values.values()):
         return None
-    figure = d.new_figure(about, "What attention heads look at", 7.8)
-    axes = figure.subplots(3, 1, sharex=True)
+    room = d.Room(bottom=0.65 + d.LEGEND_ROW_IN)
+    figure, axes = d.grid(about, "What attention heads look at", [1.7] * 3, room=room, sharex=True)
+    axes = axes[:, 0]
     kinds = [kind for kind in KINDS if any(kind in found for found in values.values())]
     for axis, (name, heading, unit, share) in zip(axes, panels, strict=True):
         axis.set_title(heading)
@@ -70,7 +71,7 @@ def distribution_figure(about: d.About, heads: Arrays) -> Figure | None:
     axes[-1].set_xlim(-0.6, layers - 0.4)
     axes[-1].set_xlabel("layer; a dot a head, a bar their mean")
     handles = [axes[0].scatter([], [], color=d.KIND_COLOURS[kind], label=d.kind_name(kind)) for kind in kinds]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds))
+    figure.legend(handles=handles, loc="lower center", ncols=len(kinds))
     return figure
 
 
@@ -95,13 +96,13 @@ def importance_figure(about: d.About, heads: Arrays) -> Figure | None:
     if not found:
         return None
     rows = [min(max(0.3 * len(x), 0.9), 3.2) for x in found.values()]
-    figure = d.new_figure(about, "Importance of attention heads", 1.5 + sum(rows) + 0.85 * len(rows))
-    axes = figure.subplots(len(found), 2, squeeze=False, height_ratios=[row + 0.5 for row in rows])
+    room = d.Room(right=d.BAR_IN, column=0.45, row=0.65)
+    figure, axes = d.grid(about, "Importance of attention heads", rows, 2, room)
     for pair, (kind, importance) in zip(axes, found.items(), strict=True):
         picture = _raw_heat(pair[0], importance, d.kind_name(kind))
         _heat(pair[1], sorted_heads(importance))
         pair[1].set_title("sorted in each layer")
-        _importance_bar(figure, picture, list(pair))
+        d.colour_bar(figure, picture, pair, "nats", MaxNLocator(4))
     axes[-1, 0].set_xlabel("head")
     axes[-1, 1].set_xlabel("rank in the layer")
     return figure
@@ -116,8 +117,8 @@ def heads_figure(about: d.About, heads: Arrays, kind: str) -> Figure | None:
         return None
     layers, count = importance.shape
     height_in = min(max(0.32 * layers, 0.7), 3.2)
-    figure = d.new_figure(about, f"Importance of {_heads_of(kind)}", 2.5 + 2 * height_in)
-    raw, ranked = figure.subplots(2, 1)
+    room = d.Room(right=d.BAR_IN, bottom=0.2, row=0.85)
+    figure, ((raw,), (ranked,)) = d.grid(about, f"Importance of {_heads_of(kind)}", [height_in] * 2, room=room)
     picture = _raw_heat(raw, importance, "Layer by head")
     raw.set_xlabel("head")
     order = top_heads(importance, importance.size)
@@ -136,7 +137,7 @@ def heads_figure(about: d.About, heads: Arrays, kind: str) -> Figure | None:
             number = f": {values[rank]:.2g}" if count <= _NUMBERED_COLUMNS else ""
             text, place = f"L{layer}H{head}{number}", (rank % count, rank // count)
             ranked.annotate(text, place, ha="center", va="center", color=colour, size=9 if count <= 8 else 8)
-    _importance_bar(figure, picture, [raw, ranked])
+    d.colour_bar(figure, picture, [raw, ranked], "nats", MaxNLocator(4))
     return figure
 
 
@@ -155,12 +156,6 @@ def _raw_heat(axis: Axes, importance: np.ndarray, heading: str) -> AxesImage:
     return picture
 
 
-def _importance_bar(figure: Figure, picture: AxesImage, axes: list[Axes]) -> None:
-    bar = figure.colorbar(picture, ax=axes, label="nats", aspect=12, pad=0.02)
-    bar.locator = MaxNLocator(4)
-    bar.update_ticks()
-
-
 def _heat(axis: Axes, values: np.ndarray) -> AxesImage:
     finite = values[np.isfinite(values)]
     top = finite.max() if finite.size and finite.max() > 0 else 1.0
@@ -177,9 +172,10 @@ def timeline_figure(about: d.About, logs: Sequence[Arrays]) -> Figure | None:
     kinds = [kind for kind in KINDS if any(kind in of_kinds(heads, "Importance") for heads in logs)]
     if not kinds:
         return None
-    figure = d.new_figure(about, "Importance of attention heads over time", 1.2 + 2.15 * len(kinds))
-    axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, kind in zip(axes, kinds, strict=True):
+    room = d.Room(right=d.legend_room(["L00H00"]))
+    heading = "Importance of attention heads over time"
+    figure, axes = d.grid(about, heading, [1.6] * len(kinds), room=room, sharex=True)
+    for axis, kind in zip(axes[:, 0], kinds, strict=True):
         steps, values = importance_over_time(logs, kind)
         named = top_heads(values[-1], _TOP).tolist()
         marker = "o" if len(steps) < 30 else ""
@@ -197,7 +193,7 @@ def timeline_figure(about: d.About, logs: Sequence[Arrays]) -> Figure | None:
         axis.yaxis.set_major_locator(MaxNLocator(4))
         axis.grid(True)
         d.legend_beside(axis)
-    d.step_axis(axes[-1], 0.0, float(max(int(heads["step"]) for heads in logs)))
+    d.step_axis(axes[-1, 0], 0.0, float(max(int(heads["step"]) for heads in logs)))
     return figure
 
 
@@ -229,30 +225,32 @@ def cross_modal_figure(about: d.About, words: np.ndarray, weights: np.ndarray) -
     if not usable:
         return None
     chosen = usable[:_CAPTIONS]
+    labels = {i: word_labels(words[i][words[i] != ""][:_WORDS].tolist()) for i in chosen}
     columns = min(len(chosen), 2)
-    rows = -(-len(chosen) // columns)
-    heights = [max(min(lengths[i], _WORDS) for i in chosen[row * columns : (row + 1) * columns]) for row in range(rows)]
-    figure = d.new_figure(about, "Attention of words to vision tokens", 1.6 + sum(0.19 * h + 0.65 for h in heights))
-    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=[h + 3 for h in heights])
+    rows = [chosen[first : first + columns] for first in range(0, len(chosen), columns)]
+    heights = [0.19 * max(len(labels[i]) for i in row) for row in rows]
+    beside = [0.2 + d.widest_in([w for i in chosen[c::columns] for w in labels[i]], 10) for c in range(columns)]
+    room = d.Room(beside[0], bottom=1.25, column=beside[-1], row=0.65)
+    figure, axes = d.grid(about, "Attention of words to vision tokens", heights, columns, room)
     numbers = np.concatenate([weights[i, : lengths[i]].ravel() for i in chosen])
     most = float(numbers[np.isfinite(numbers)].max())
     picture = None
     for axis, i in zip(axes.ravel(), chosen, strict=False):
-        length, tokens = min(lengths[i], _WORDS), weights.shape[2]
+        length, tokens = len(labels[i]), weights.shape[2]
         seen = np.ma.masked_invalid(weights[i, words[i] != ""][:length])
         picture = axis.imshow(seen, cmap="viridis", vmin=0.0, vmax=most or 1.0, aspect="auto", interpolation="nearest")
-        axis.set_yticks(range(length), word_labels(words[i][words[i] != ""][:length].tolist()))
+        axis.set_yticks(range(length), labels[i])
         axis.set_xticks(d.every(tokens, 8))
         cut = f", {length} of {lengths[i]} tokens" if length < lengths[i] else ""
         axis.set_title(f"caption {i + 1} of {len(words)}{cut}")
         axis.tick_params(axis="y", length=0)
     for axis in axes.ravel()[len(chosen) :]:
         axis.set_axis_off()
-    for axis in axes[-1, : len(chosen) - (rows - 1) * columns]:
+    for axis in axes[-1, : len(rows[-1])]:
         axis.set_xlabel("vision token")
     if picture is not None:
-        bar = figure.colorbar(picture, ax=axes, location="bottom", aspect=50, pad=0.01, fraction=0.02)
-        bar.set_label("attention weight, mean over heads")
+        label = "attention weight, mean over heads"
+        d.colour_bar(figure, picture, axes.ravel(), label, MaxNLocator(6), below_in=0.6)
     return figure
 
 
@@ -269,8 +267,11 @@ def patterns_figure(about: d.About, kind: str, found: Arrays) -> Figure | None:
     height_in = min(max(_LABEL_IN * len(words), 1.3), 2.3)
     part = f", {shown} of {len(heads)}" if shown < len(heads) else ""
     heading = f"What the top {_heads_of(kind)} attend to{part}"
-    figure = d.new_figure(about, heading, 2.3 + rows * (height_in + 0.35))
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    word_in = d.widest_in(words, _LABEL_SIZE)
+    below = 0.1 + (word_in if kind in CAUSAL else 0.15)  # labels of keys
+    last_row = 0.35 + below if shown % columns else 0.35  # labels above an empty place
+    room = d.Room(0.45 + word_in, d.BAR_IN, 0.4 + below, column=0.15, row=0.35, last_row=last_row)
+    figure, axes = d.grid(about, heading, [height_in] * rows, columns, room, sharex=True, sharey=True)
     seen = np.ma.masked_invalid(weights)
     most, signed = float(np.abs(seen).max()) or 1.0, bool((seen < 0).any())  # least squares: of either sign
     colours = {"cmap": "RdBu_r", "vmin": -most} if signed else {"cmap": "viridis", "vmin": 0.0}
@@ -278,7 +279,7 @@ def patterns_figure(about: d.About, kind: str, found: Arrays) -> Figure | None:
     for axis, (layer, head), own, importance in zip(axes.ravel(), heads, seen, found["importance"], strict=False):
         picture = axis.imshow(own, vmax=most, aspect="auto", interpolation="nearest", **colours)
         axis.set_title(f"L{layer}H{head}, {importance:.2g} nats", size=11)
-        axis.tick_params(length=0, labelsize=9)
+        axis.tick_params(length=0, labelsize=_LABEL_SIZE)
         if not own.any():  # of the memory, before it is written
             axis.text(0.5, 0.5, "all weights are 0", ha="center", va="center", color="white", transform=axis.transAxes)
         if kind in CAUSAL:
@@ -287,15 +288,17 @@ def patterns_figure(about: d.About, kind: str, found: Arrays) -> Figure | None:
     if kind in CAUSAL:
         _label_words(axes[0, 0].xaxis, words, width_in)
     else:
-        axes[0, 0].set_xticks(d.every(weights.shape[2], 8 if columns > 1 else 16))
+        number_in = 0.15 + d.widest_in([str(weights.shape[2])], _LABEL_SIZE)
+        axes[0, 0].set_xticks(d.every(weights.shape[2], int(width_in / number_in)))
     for axis in axes.ravel()[shown:]:
         axis.set_axis_off()
     for axis in axes.ravel()[:shown][-columns:]:  # the last of each column, which may stand above an empty place
         axis.xaxis.set_tick_params(labelbottom=True)
-    figure.supxlabel({"cross_modal": "vision token", "memory": "memory slot"}.get(kind, "word attended to"), size=11)
-    figure.supylabel("word that attends", size=11)
+    keys = {"cross_modal": "vision token", "memory": "memory slot"}.get(kind, "word attended to")
+    figure.supxlabel(keys, y=0.1 / figure.get_figheight(), size=11)
+    figure.supylabel("word that attends", x=0.1 / d.WIDTH_IN, size=11)
     if picture is not None:
-        figure.colorbar(picture, ax=axes, label="attention weight", aspect=30, pad=0.02)
+        d.colour_bar(figure, picture, axes.ravel(), "attention weight", MaxNLocator(6))
     return figure
 
 

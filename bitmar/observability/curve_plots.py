@@ -151,16 +151,18 @@ def curves_figure(
     about: d.About, heading: str, panels: Sequence[Panel], series: Series, phases: Sequence[str] = ()
 ) -> Figure:
     """The panels below each other; `phases` are the names of the phases by index."""
-    figure = d.new_figure(about, heading, 1.2 + 2.6 * len(panels) - 0.3 * (len(panels) > 2) * len(panels))
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    height_in = 2.1 if len(panels) <= 2 else 1.8
+    labels = [curve.label for panel in panels if len(panel.curves) > 1 for curve in panel.curves]
+    room = d.Room(top=1.15, right=d.legend_room(labels))  # the phases' names stand below the first heading
+    figure, axes = d.grid(about, heading, [height_in] * len(panels), room=room, sharex=True)
     spans = phase_spans(series)
-    for place, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
+    for place, (axis, panel) in enumerate(zip(axes[:, 0], panels, strict=True)):
         _draw(axis, panel, series)
         shade(axis, spans)
         if place == 0:
             name_phases(axis, spans, phases)
     steps = series.get(STEP_METRIC, (np.zeros(1), np.zeros(1)))[0]
-    d.step_axis(axes[-1], min(0.0, steps[0]), float(steps.max()))
+    d.step_axis(axes[-1, 0], min(0.0, steps[0]), float(steps.max()))
     return figure
 
 

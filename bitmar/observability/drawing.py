@@ -1,4 +1,5 @@
-"""What all pictures of a run share: their look, titles, names that the font may lack, and the thinning of long runs.
+"""What all pictures of a run share: their look, titles, the places of their axes, names that the font may lack, and the
+thinning of long runs.
 
 wandb shows a picture about 600 pixels wide, half of its own width: few elements, large ones.
 """
@@ -6,8 +7,9 @@ wandb shows a picture about 600 pixels wide, half of its own width: few elements
 from __future__ import annotations
 
 import functools
+import shutil
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -16,15 +18,20 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from bitmar.observability.schema import TERNARY, title
 
 WIDTH_IN, DPI = 8.0, 150
+BAR_IN = 1.2  # a bar of colours beside an axis, with its numbers and label
+LEGEND_ROW_IN = 0.22
 PNG_LEVEL = 1  # as many bytes as the four channels at zlib's own level, in 0.6 of the time
 CURVE_POINTS = 2000  # more than a curve has pixels
 FONT = "DejaVu Sans"  # comes with matplotlib
@@ -97,12 +104,89 @@ class About:
 
 
 def new_figure(about: About, heading: str, height_in: float) -> Figure:
-    """An empty figure with its title."""
+    """An empty figure with its title, whose axes matplotlib's layout engine will place."""
     layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.06)
     figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(about.title(heading))
     return figure
+
+
+@dataclass(frozen=True)
+class Room:
+    """Inches that a figure leaves beside and between its axes, for their text."""
+
+    left: float = 0.95  # an axis' label, and numbers of up to seven digits
+    right: float = 0.5
+    bottom: float = 0.6
+    top: float = 0.95  # the figure's title, and the heading of the first axes
+    column: float = 0.85
+    row: float = 0.45
+    last_row: float | None = None  # where it differs
+
+
+def grid(
+    about: About, heading: str, heights_in: Sequence[float], columns: int = 1, room: Room = Room(), **sharing: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure with its title, and its axes [rows, columns]: of these heights, and as wide as the room leaves them.
+
+    For pictures that are drawn while a run trains: a layout engine measures all text of all axes, twice, which is a
+    third of a picture's time or more. A test holds that no text lies on another or is cut off.
+    """
+    rows = len(heights_in)
+    gaps = [room.row] * (rows - 1)
+    if gaps and room.last_row is not None:
+        gaps[-1] = room.last_row
+    height = room.top + sum(heights_in) + sum(gaps) + room.bottom
+    width = (WIDTH_IN - room.left - room.right - room.column * (columns - 1)) / columns
+    figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI)
+    FigureCanvasAgg(figure)
+    figure.suptitle(about.title(heading), y=1 - 0.1 / height, verticalalignment="top")
+    axes = figure.subplots(rows, columns, squeeze=False, **sharing)
+    above = room.top
+    for row, tall, gap in zip(axes, heights_in, [*gaps, 0.0], strict=True):
+        for column, axis in enumerate(row):
+            left = room.left + column * (width + room.column)
+            place = np.array([left / WIDTH_IN, 1 - (above + tall) / height, width / WIDTH_IN, tall / height])
+            axis.set_position(place)
+        above += tall + gap
+    return figure, axes
+
+
+def colour_bar(
+    figure: Figure,
+    picture: AxesImage | QuadMesh,
+    axes: Iterable[Axes],
+    label: str,
+    locator: Locator,
+    below_in: float | None = None,
+) -> None:
+    """A bar along the right side of some axes, which takes BAR_IN of the room there; or so far below them."""
+    around = Bbox.union([axis.get_position() for axis in axes])
+    inch_x, inch_y = 1 / figure.get_figwidth(), 1 / figure.get_figheight()
+    if below_in is None:
+        place = (around.x1 + 0.12 * inch_x, around.y0, 0.16 * inch_x, around.height)
+    else:
+        place = (around.x0, around.y0 - (below_in + 0.14) * inch_y, around.width, 0.14 * inch_y)
+    orientation = "vertical" if below_in is None else "horizontal"
+    figure.colorbar(picture, cax=figure.add_axes(place), label=label, ticks=locator, orientation=orientation)
+
+
+def widest_in(texts: Iterable[str], size: float) -> float:
+    """Inches of the widest line of some texts in the pictures' font, of `size` points."""
+    font = get_font(findfont(FontProperties(family=FONT)))
+    font.set_size(size, DPI)
+
+    def width(line: str) -> float:
+        font.set_text(line)
+        return font.get_width_height()[0] / 64 / DPI  # told in parts of a pixel
+
+    return max((width(line) for text in texts for line in text.split("\n")), default=0.0)
+
+
+def legend_room(labels: Iterable[str]) -> float:
+    """Inches to the right of an axis for a legend beside it."""
+    return 0.5 + widest_in(labels, STYLE["legend.fontsize"])
 
 
 @styled
@@ -111,12 +195,23 @@ def save(figure: Figure, path: Path) -> None:
 
     Without a channel of transparency, a third of what has to be packed here, and unpacked again on its way to wandb.
     """
-    temporary = path.with_suffix(".png.tmp")
+    temporary = _temporary(path)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     pixels.save(temporary, format="png", dpi=(DPI, DPI), compress_level=PNG_LEVEL)
     temporary.replace(path)
+
+
+def copy(picture: Path, path: Path) -> None:
+    """The same picture once more, in one move."""
+    temporary = _temporary(path)
+    shutil.copyfile(picture, temporary)
+    temporary.replace(path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_suffix(".png.tmp")
 
 
 def say(axis: Axes, text: str) -> None:

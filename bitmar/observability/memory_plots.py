@@ -35,11 +35,10 @@ def usage_figure(about: d.About, record: Arrays) -> Figure | None:
     written = record["written"].astype(bool)
     if not written.any():
         return None
-    figure = d.new_figure(about, "Memory slots", 5.4)
-    axes = figure.subplots(1, 2)
+    figure, ((left, right),) = d.grid(about, "Memory slots", [3.1], 2, d.Room(bottom=1.55))
     for axis, key, heading, unit, colours in (
-        (axes[0], "usage", "Usage: all reads so far", "read mass", "viridis"),
-        (axes[1], "age", "Age: since read or written", "optimizer steps", "cividis"),
+        (left, "usage", "Usage: all reads so far", "read mass", "viridis"),
+        (right, "age", "Age: since read or written", "optimizer steps", "cividis"),
     ):
         grid = np.ma.masked_invalid(slot_grid(np.where(written, record[key].astype(np.float64), np.nan)))
         lines, columns = grid.shape
@@ -54,11 +53,10 @@ def usage_figure(about: d.About, record: Arrays) -> Figure | None:
         axis.set_xticks(d.every(columns, 8))
         starts = d.every(lines, 8)
         axis.set_yticks(starts, [str(start * columns) for start in starts])
-        bar = figure.colorbar(picture, ax=axis, location="bottom", shrink=0.9, label=unit)
-        bar.locator = MaxNLocator(5, integer=key == "age")
-        bar.update_ticks()
+        d.colour_bar(figure, picture, [axis], unit, MaxNLocator(5, integer=key == "age"), below_in=0.6)
     if not written.all():
-        figure.supxlabel(f"hatched: no episode yet ({(~written).sum():,} of {len(written):,} slots)", fontsize=10)
+        told = f"hatched: no episode yet ({(~written).sum():,} of {len(written):,} slots)"
+        figure.supxlabel(told, y=0.02, fontsize=10)
     return figure
 
 
@@ -98,8 +96,8 @@ def timeline_figure(about: d.About, records: Sequence[Arrays]) -> Figure | None:
     """Read mass of each slot between logs, and how many slots hold an episode. None: no slot was ever written."""
     if not any(record["written"].any() for record in records):
         return None
-    figure = d.new_figure(about, "Memory over time", 6.4)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
+    room = d.Room(right=d.BAR_IN + 0.2)  # whose label has two lines
+    figure, ((top,), (bottom,)) = d.grid(about, "Memory over time", [3.0, 1.4], room=room, sharex=True)
     edges, mass = read_mass(records)
     top.set_title("Read mass a slot received")
     top.set_ylabel("slot")
@@ -113,7 +111,7 @@ def timeline_figure(about: d.About, records: Sequence[Arrays]) -> Figure | None:
         picture = top.pcolormesh(steps, slots, cells, cmap="viridis", norm=colours, rasterized=True)
         top.set_ylim(slots[-1], slots[0])
         top.yaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        figure.colorbar(picture, ax=top, label="read mass/step\n(root scale)", ticks=MaxNLocator(5), aspect=14)
+        d.colour_bar(figure, picture, [top], "read mass/step\n(root scale)", MaxNLocator(5))
     steps = np.array([int(record["step"]) for record in records], dtype=np.float64)
     active = np.array([float(record["written"].sum()) for record in records])
     kept = d.thinned(active)
@@ -141,8 +139,7 @@ def reads_figure(about: d.About, record: Arrays) -> Figure | None:
     slots, shares = read_order(record)
     if not len(slots):
         return None
-    figure = d.new_figure(about, "Which slots are read", 6.0)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
+    figure, ((top,), (bottom,)) = d.grid(about, "Which slots are read", [2.4, 1.6], sharex=True)
     places = np.arange(len(slots)) + 1
     top.set_title(f"The five that are read most have {shares[:5].sum():.0%} of the read mass")
     top.bar(places, 100 * shares, width=0.85 if len(slots) < 100 else 1.0, color=d.BLUE)

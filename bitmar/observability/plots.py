@@ -7,6 +7,7 @@ The trainer has them drawn by this command in a process of its own (bitmar/obser
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import threading
@@ -20,7 +21,7 @@ from bitmar.head_names import KINDS
 from bitmar.observability import attention_plots, curve_plots, memory_plots, weight_plots
 from bitmar.observability.board import PICTURE_FOLDERS
 from bitmar.observability.curve_plots import FLIPS, GRADIENTS, LOSSES, METRICS, SCHEDULE, THROUGHPUT, Panel
-from bitmar.observability.drawing import save
+from bitmar.observability.drawing import copy, save
 from bitmar.observability.run_folder import RunFolder, read_settings
 
 PARENT_POLL_S = 1.0
@@ -60,8 +61,11 @@ def _head_importance(run: RunFolder) -> Figure | None:
     return attention_plots.importance_figure(run.about(int(logs[-1]["step"])), logs[-1]) if logs else None
 
 
+@functools.lru_cache(maxsize=1)
 def _importance_timeline(run: RunFolder) -> Figure | None:
-    return attention_plots.timeline_figure(run.about(), run.heads)
+    """Once for both folders."""
+    logs = run.heads
+    return attention_plots.timeline_figure(run.about(int(logs[-1]["step"])), logs) if logs else None
 
 
 def _cross_modal(run: RunFolder) -> Figure | None:
@@ -116,7 +120,7 @@ def _head_pictures(run: RunFolder) -> Iterator[tuple[str, Figure | None]]:
     if run.settings.are_on([HEATMAPS]):
         for kind in KINDS:
             yield f"attention_heads_{kind}_step_{step}", attention_plots.heads_figure(about, logs[-1], kind)
-        yield f"attention_timeline_step_{step}", attention_plots.timeline_figure(about, logs)
+        yield f"attention_timeline_step_{step}", _importance_timeline(run)
     for kind in KINDS:
         patterns = run.patterns(kind, step)
         if patterns is not None:
@@ -130,12 +134,17 @@ def draw_plots(run_dir: Path, folders: Sequence[str] = PICTURE_FOLDERS) -> Itera
     is left out. Raises ValueError when the run has logged nothing.
     """
     run = RunFolder(run_dir, METRICS.__contains__)
+    saved: dict[Figure, Path] = {}
     for folder, figures in zip(PICTURE_FOLDERS, (_plots, _head_pictures), strict=True):
         for name, figure in figures(run) if folder in folders else ():
             if figure is not None:
                 path = run_dir / folder / f"{name}.png"
                 path.parent.mkdir(exist_ok=True)
-                save(figure, path)
+                if figure in saved:
+                    copy(saved[figure], path)
+                else:
+                    save(figure, path)
+                saved[figure] = path
                 yield path
 
 

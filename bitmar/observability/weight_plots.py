@@ -63,8 +63,8 @@ def weights_figure(about: d.About, record: Arrays) -> Figure | None:
     shares = value_shares(record)
     if not shares:
         return None
-    figure = d.new_figure(about, "Ternary weights", 8.2)
-    top, middle, bottom = figure.subplots(3, 1, height_ratios=(1.15, 1, 1))
+    room = d.Room(bottom=0.65 + d.LEGEND_ROW_IN, right=d.legend_room(_VALUES), row=0.7)
+    figure, ((top,), (middle,), (bottom,)) = d.grid(about, "Ternary weights", [1.9, 1.6, 1.6], room=room)
     at = np.arange(len(shares))
     for place, (value, colour) in enumerate(zip(_VALUES, _VALUE_COLOURS, strict=True)):
         heights = [100 * found[place] for found in shares.values()]
@@ -91,7 +91,7 @@ def weights_figure(about: d.About, record: Arrays) -> Figure | None:
     bottom.set_xlabel("layer (+: beside the layers); a dot a matrix, a bar their mean")
     owners = dict.fromkeys(stretch.component for stretch in layers)
     handles = [bottom.scatter([], [], color=d.COMPONENT_COLOURS.get(name, d.GREY), label=name) for name in owners]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=0.2, columnspacing=1.2)
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), handletextpad=0.2, columnspacing=1.2)
     return figure
 
 
@@ -115,10 +115,11 @@ def latents_figure(about: d.About, values: Arrays) -> Figure | None:
     finite = {key: np.isfinite(values[key]).all(1) for key in ("text", "vision")}
     if not any(found.any() for found in finite.values()):
         return None
-    figure = d.new_figure(about, "Latents of held-out captions and images", 5.2)
-    axes = figure.subplots(1, 2)
     sources = values["sources"]
     present = np.unique(sources)
+    columns = min(len(present), 3)
+    room = d.Room(bottom=0.65 + d.LEGEND_ROW_IN * -(-len(present) // columns))
+    figure, (axes,) = d.grid(about, "Latents of held-out captions and images", [3.1], 2, room)
     names = {int(s): str(values["names"][s]) if 0 <= s < len(values["names"]) else f"source {s}" for s in present}
     for axis, key in zip(axes, ("text", "vision"), strict=True):
         axis.set_title(key.capitalize())
@@ -138,5 +139,5 @@ def latents_figure(about: d.About, values: Arrays) -> Figure | None:
         axis.set_aspect("equal", adjustable="datalim")
         axis.grid(True)
     handles, labels = next(axis for axis in axes if axis.collections).get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(present), 3), markerscale=1.3)
+    figure.legend(handles, labels, loc="lower center", ncols=columns, markerscale=1.3)
     return figure

@@ -31,10 +31,12 @@ def head_pictures(step: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Size:
-    """Of what a run writes; `logs` are 10 steps apart."""
+    """Of what a run writes."""
 
     slots: int = 37
     logs: int = 6
+    every: int = 10  # steps from one log to the next
+    factor: float = 1.0  # of what is logged, importance and read mass
     layers: int = 3
     heads: int = 4
     vision_tokens: int = 4
@@ -42,6 +44,11 @@ class Size:
     sources: int = 2
     samples: int = 40
     top: int = 10  # heads of each kind
+
+    @property
+    def last(self) -> int:
+        """The last step."""
+        return self.every * self.logs
 
     @property
     def layout(self) -> Layout:
@@ -83,7 +90,7 @@ def write_run(folder: Path, size: Size = Size(), seed: int = 0) -> Path:
     write_memory(folder / "plots" / "data" / "memory.npys", size, rng)
     write_weights(folder / "plots" / "data" / "quantization.npys", size, rng)
     for log in range(1, size.logs + 1):
-        write_heads(folder, size, 10 * log, rng)
+        write_heads(folder, size, size.every * log, rng)
     write_captions(folder, size, rng)
     write_latents(folder, size, rng)
     return folder
@@ -96,11 +103,16 @@ def write_metrics(folder: Path, size: Size, rng: np.random.Generator) -> None:
     names = [m.name for m in select(schema_of(size.layout), Cadence.STEP, Cadence.ATTENTION) if not m.of]
     for log in range(1, size.logs + 1):
         share = log / size.logs
-        values = dict(zip(names, (np.exp(-2 * share) * rng.uniform(0.5, 1.5, len(names))).tolist(), strict=True))
-        sink.log(10 * log, {**values, "Training/Phase": float(min(int(3 * share), 2))})
+        values = dict(
+            zip(names, (size.factor * np.exp(-2 * share) * rng.uniform(0.5, 1.5, len(names))).tolist(), strict=True)
+        )
+        sink.log(size.every * log, {**values, "Training/Phase": float(min(int(3 * share), 2))})
         if log % max(size.logs // 8, 1) == 0:
-            loss = 9 * np.exp(-share)
-            sink.log(10 * log, {"Validation/Loss": loss, "Validation/Loss_Shuffled_Vision": loss + share})
+            loss = size.factor * 9 * np.exp(-share)
+            sink.log(
+                size.every * log,
+                {"Validation/Loss": loss, "Validation/Loss_Shuffled_Vision": loss + size.factor * share},
+            )
     sink.close()
 
 
@@ -109,10 +121,13 @@ def write_memory(path: Path, size: Size, rng: np.random.Generator) -> None:
     for log in range(1, size.logs + 1):
         filled = int(size.slots * min(1.0, 0.9 * max(log - half, 0) / max(size.logs - half, 1)))
         written = np.arange(size.slots) < max(filled, int(log > half))
-        usage = usage + written * rng.gamma(0.5, 20.0, size.slots)
+        usage = usage + size.factor * written * rng.gamma(0.5, 20.0, size.slots)
         ages = rng.integers(0, 9, size.slots) * written
         ids = rng.integers(1, 2**62, size.slots) * written
-        append(path, {"step": np.array(10 * log), "usage": usage, "age": ages, "written": written, "image_ids": ids})
+        append(
+            path,
+            {"step": np.array(size.every * log), "usage": usage, "age": ages, "written": written, "image_ids": ids},
+        )
 
 
 def write_weights(path: Path, size: Size, rng: np.random.Generator) -> None:
@@ -123,14 +138,14 @@ def write_weights(path: Path, size: Size, rng: np.random.Generator) -> None:
         plus = np.round((full - zeros) * rng.uniform(0.48, 0.52, len(names)))
         scale = rng.uniform(0.02, 0.07, len(names))
         values = {"matrices": names, "size": full, "zeros": zeros, "plus": plus, "scale": scale}
-        append(path, {"step": np.array(10 * log), **values})
+        append(path, {"step": np.array(size.every * log), **values})
 
 
 def write_heads(folder: Path, size: Size, step: int, rng: np.random.Generator) -> None:
     """And, at the last log, the patterns of the top heads in a caption."""
     arrays: dict[str, np.ndarray] = {}
     for kind, shape in size.layout.heads.items():
-        arrays[f"{kind}_Importance"] = rng.gamma(1.0, 0.004, shape)
+        arrays[f"{kind}_Importance"] = size.factor * rng.gamma(1.0, 0.004, shape)
         arrays[f"{kind}_Entropy"] = rng.uniform(1.0, 3.0, shape)
         arrays[f"{kind}_Concentration"] = rng.uniform(0.2, 0.5, shape)
         if kind in ("Encoder", "Decoder"):
@@ -139,7 +154,7 @@ def write_heads(folder: Path, size: Size, step: int, rng: np.random.Generator) -
     top = {kind: top_heads(arrays[f"{name}_Importance"], size.top) for kind, name in TITLES.items()}
     words, keys = len(CAPTION), {"cross_modal": size.vision_tokens, "memory": size.slots}
     patterns = {}
-    for kind, heads in top.items() if step == 10 * size.logs else ():
+    for kind, heads in top.items() if step == size.last else ():
         weights = rng.dirichlet(np.full(keys.get(kind, words), 0.3), (len(heads), words)).astype(np.float32)
         patterns[kind] = weights if kind in keys else np.tril(weights)
     analysis = HeadAnalysis(arrays, top, patterns, np.arange(words))
@@ -159,7 +174,7 @@ def write_captions(folder: Path, size: Size, rng: np.random.Generator, caption: 
     )
     weights = rng.dirichlet(np.ones(size.vision_tokens), words.shape).astype(np.float32)
     values = {"words": words, "tokens": (words != "").astype(np.int64), "weights": weights}
-    np.savez_compressed(folder / "plots" / "data" / "cross_modal.npz", step=np.array(10 * size.logs), **values)
+    np.savez_compressed(folder / "plots" / "data" / "cross_modal.npz", step=np.array(size.last), **values)
 
 
 def write_latents(folder: Path, size: Size, rng: np.random.Generator) -> None:
@@ -169,4 +184,4 @@ def write_latents(folder: Path, size: Size, rng: np.random.Generator) -> None:
     for key in ("text", "vision"):
         values[key] = centres[sources] + rng.normal(0.0, 0.6, (size.samples, 2))
         values[f"{key}_shares"] = np.array([0.41, 0.23])
-    np.savez_compressed(folder / "plots" / "data" / "latents.npz", step=np.array(10 * size.logs), **values)
+    np.savez_compressed(folder / "plots" / "data" / "latents.npz", step=np.array(size.last), **values)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from bitmar.observability import drawing as d
 
@@ -116,3 +118,16 @@ def test_the_look_is_not_left_behind() -> None:
     before = dict(matplotlib.rcParams)
     d.styled(lambda: None)()
     assert dict(matplotlib.rcParams) == before
+
+
+@d.styled
+def extent_in(text: str, size: float) -> float:
+    figure = Figure(dpi=d.DPI)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    return figure.text(0, 0, text, size=size).get_window_extent(renderer).width / d.DPI
+
+
+@given(st.lists(st.text("abcWil .-109\n", max_size=12), min_size=1, max_size=4), st.sampled_from([9.0, 10.0, 11.0]))
+def test_a_width_is_that_of_the_text_when_it_is_drawn(texts: list[str], size: float) -> None:
+    widest = max(extent_in(text, size) for text in texts)
+    assert d.widest_in(texts, size) == pytest.approx(widest, abs=0.05)  # half a letter: what stands beside ink
