@@ -58,12 +58,10 @@ check "ruff format" ruff format --check
 check "pyright" pyright
 check "shellcheck" shellcheck -x launch/*.sh launch/*.sbatch tests/run.sh .ci/run
 on_all_cores=(-n logical --maxprocesses 4 --dist loadfile)
-if [ "${1:-}" = quick ]; then # whose tests of integration wait for more than they work
-    last=("pytest, on all cores" -m "$marks" "${on_all_cores[@]}")
-else
-    check "pytest of unit and numerics, on all cores" \
-        python -m pytest -m "$marks" "${on_all_cores[@]}" tests/unit tests/numerics
-    last=("pytest of integration, where each test keeps the cores busy" -m "$marks" tests/integration)
+last=("pytest" -m "$marks" "${on_all_cores[@]}")
+if [ "${1:-}" != quick ]; then
+    check "pytest of unit and numerics" python -m pytest "${last[@]:1}" tests/unit tests/numerics
+    last=("pytest of integration" "${last[@]:1}" tests/integration)
 fi
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED before the last tests: ${failed[*]}"

@@ -1,7 +1,7 @@
 """Arrays on their way to the run's folder and to pictures: written by a thread, drawn by a process of its own.
 
 The training thread hands over small arrays and goes on. What lies in the folder is all that the drawing process
-(bitmar/observability/plots.py) gets, so that pictures can be made again at any time:
+(bitmar/observability/drawer.py) gets, so that pictures can be made again at any time:
 
     plots/data/memory.npys, quantization.npys    records one after the other (`append`), one a log
     plots/data/latents.npz, cross_modal.npz       the last of their kind
@@ -12,11 +12,7 @@ Without pictures only attention_analysis/ is written.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bitmar.observability.drawer import Drawer
 from bitmar.observability.head_analysis import FOLDER, Arrays, HeadAnalysis, analyse, remove_after
 from bitmar.watch_config import AttentionAnalysisConfig
 
@@ -78,16 +75,6 @@ def _next(file: object) -> Arrays | None:
         return None
 
 
-def yield_cores(pid: int) -> None:
-    """Have a process run only where no other one wants its core: training, which waits for its slowest rank, does.
-
-    Where the system has no such class, or a container refuses it, the low priority that it was started with remains.
-    """
-    if hasattr(os, "SCHED_IDLE"):
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
-
-
 class Board:
     """Takes arrays from the training thread of rank 0."""
 
@@ -107,7 +94,7 @@ class Board:
         self._data, self._analysis = self._run_dir / "plots" / "data", self._run_dir / FOLDER
         self._wishes = 0
         self._last_wish: dict[str, int] = {}  # for a folder
-        self._drawer: subprocess.Popen[str] | None = None
+        self._drawer: Drawer | None = None
         self._stopped = False
         self._mended: set[Path] = set()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -184,6 +171,7 @@ class Board:
                 task()
             except Exception as error:  # whatever it is, training and its log do not depend on it
                 self._problems.put(f"pictures: {type(error).__name__}: {error}")
+        self._end_drawer()
 
     def _write(self, step: int, arrays: Arrays, memory: Arrays | None) -> None:
         self._make_folder()
@@ -234,21 +222,20 @@ class Board:
                 np.savez_compressed(file, **values)  # type: ignore[arg-type]
         temporary.replace(path)
 
+    def _end_drawer(self) -> None:
+        if self._drawer is not None:
+            self._drawer.close(STOP_S)
+            self._drawer = None
+
     def _draw(self, step: int, folders: Sequence[str]) -> None:
         if self._stopped or not folders:
             return
-        command = ["nice", "-n", "19", sys.executable, "-m", "bitmar.observability.plots", str(self._run_dir)]
-        command += ["--folders", *folders, "--parent", str(os.getpid())]
-        root = Path(__file__).resolve().parents[2]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, cwd=root, stdout=pipe, stderr=pipe, text=True) as self._drawer:
-            yield_cores(self._drawer.pid)  # before its imports
-            try:
-                told, wrong = self._drawer.communicate(timeout=DRAW_S)
-            except subprocess.TimeoutExpired:
-                self._drawer.kill()
-                raise
-        if self._drawer.returncode and not self._stopped:
-            self._problems.put("pictures: " + (wrong.strip().split("\n")[-1] or f"exit code {self._drawer.returncode}"))
-        for line in filter(None, told.split("\n")):
-            self._drawn.put((step, Path(line)))
+        if self._drawer is None:
+            self._drawer = Drawer(self._run_dir)
+        paths, wrong = self._drawer.draw(folders, DRAW_S)
+        for path in paths:
+            self._drawn.put((step, path))
+        if wrong:
+            self._end_drawer()
+            if not self._stopped:
+                self._problems.put(f"pictures: {wrong}")

@@ -1,13 +1,15 @@
 """PNG pictures of a run, drawn from what lies in its folder into plots/ and attention_analysis/:
 `python -m bitmar.observability.plots RUN_DIR`.
 
-The trainer has them drawn by this command in a process of its own (bitmar/observability/board.py).
+The trainer has them drawn by this command in a process of its own, which stays while the run does
+(bitmar/observability/drawer.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import os
 import sys
 import threading
@@ -153,6 +155,16 @@ def write_plots(run_dir: Path, folders: Sequence[str] = PICTURE_FOLDERS) -> list
     return list(draw_plots(run_dir, folders))
 
 
+def serve(run_dir: Path) -> None:
+    """Draw for each line of standard input, which names folders; an empty line follows the paths of its pictures."""
+    for line in sys.stdin:
+        for path in draw_plots(run_dir, line.split()):
+            print(path, flush=True)
+        _importance_timeline.cache_clear()
+        gc.collect()  # figures hold themselves
+        print(flush=True)
+
+
 def end_without(parent: int) -> None:
     """End this process when it is no longer the child of `parent`: a run that was killed leaves nothing behind."""
     while os.getppid() == parent:
@@ -167,11 +179,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--folders", nargs="+", choices=PICTURE_FOLDERS, default=PICTURE_FOLDERS, help="these alone")
+    parser.add_argument("--serve", action="store_true", help="draw folders as lines of standard input name them")
     parser.add_argument("--parent", type=int, help="end when this process, which started it, is gone")
     options = parser.parse_args(arguments)
     run_dir = options.run_dir
     if options.parent is not None:
         threading.Thread(target=end_without, args=(options.parent,), daemon=True).start()
+    if options.serve:
+        serve(run_dir)
+        return
     if not read_settings(run_dir).are_on([]):
         print(f"{run_dir / 'config.yaml'} says wandb.create_plots: false; nothing is drawn", file=sys.stderr)
     for path in draw_plots(run_dir, options.folders):

@@ -79,7 +79,8 @@ bitmar.observability.features bitmar.observability.probes
 bitmar.observability.reduce
 bitmar.observability.records
 bitmar.observability.head_analysis
-bitmar.observability.derived bitmar.observability.system bitmar.observability.board
+bitmar.observability.derived bitmar.observability.system bitmar.observability.drawer
+bitmar.observability.board
 bitmar.observability.drawing
 bitmar.observability.run_folder
 bitmar.observability.curve_plots bitmar.observability.memory_plots

@@ -13,7 +13,7 @@ from bitmar.observability.board import Board, append, cut_torn, read_records
 from bitmar.observability.probes import Caption
 from bitmar.watch_config import AttentionAnalysisConfig
 from tests.support.picture_runs import PICTURES, Size, head_pictures, write_run
-from tests.support.processes import processes_of
+from tests.support.processes import processes_of, wait_for
 
 
 def steps(path: Path) -> list[int]:
@@ -73,6 +73,41 @@ def test_pictures_come_from_a_process_of_its_own(tmp_path: Path, monkeypatch: py
     assert list(taken.pictures()) == [(20, path) for path in (*plots, *heads)]
 
 
+@pytest.mark.slow
+def test_one_process_makes_all_drawings_and_ends_with_the_run(tmp_path: Path) -> None:
+    write_run(tmp_path, Size(logs=2))
+    taken = Board(tmp_path, str, (), step=20)
+    drawn: list[str] = []
+    seen = set()
+    for folder in ("plots", "attention_analysis"):
+        taken.draw(20, [folder])
+        assert wait_for(lambda: bool(drawn.extend(path.parent.name for _, path in taken.pictures()) or drawn))
+        assert set(drawn) == {folder}
+        drawn.clear()
+        seen |= {process.pid for process in processes_of(str(tmp_path))}
+    assert len(seen) == 1
+    taken.close()
+    assert (processes_of(str(tmp_path)), list(taken.problems())) == ([], [])
+
+
+@pytest.mark.slow
+def test_a_drawing_goes_on_after_one_that_failed(tmp_path: Path) -> None:
+    """Which has ended its process: the next one has its own."""
+    write_run(tmp_path, Size(logs=2))
+    in_its_place = tmp_path / "plots" / "losses.png"
+    in_its_place.mkdir(parents=True)
+    taken = Board(tmp_path, str, (), step=20)
+    problems: list[str] = []
+    taken.draw(20)
+    assert wait_for(lambda: bool(problems.extend(taken.problems()) or problems))
+    assert "losses.png" in problems[0]
+    in_its_place.rmdir()
+    taken.draw(20)
+    taken.close()
+    assert list(taken.problems()) == []
+    assert len(list(taken.pictures())) == len((*PICTURES, *head_pictures(20)))
+
+
 def test_a_drawing_that_fails_is_a_problem(tmp_path: Path) -> None:
     taken = Board(tmp_path, str, ())
     taken.draw(1)
@@ -111,7 +146,7 @@ kill -STOP $$
 
 
 @pytest.mark.parametrize(
-    ("starter", "told"), [(None, "FileNotFoundError"), (STANDS_STILL, "TimeoutExpired")], ids=["start", "end"]
+    ("starter", "told"), [(None, "FileNotFoundError"), (STANDS_STILL, "not drawn within 0.2 s")], ids=["start", "end"]
 )
 def test_a_drawing_that_cannot_start_or_end_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starter: str | None, told: str
