@@ -146,6 +146,12 @@ class Board:
         while not self._problems.empty():
             yield self._problems.get()
 
+    def wait(self, within_s: float) -> bool:
+        """Whether what was handed over is written and drawn, waiting so long for it."""
+        done = threading.Event()
+        self._work.put(done.set)
+        return done.wait(within_s)
+
     def stop(self) -> None:
         """End a drawing that goes on, and the thread once it has written what it holds. Nothing where it is closed."""
         self._stopped = True

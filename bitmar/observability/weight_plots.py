@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from bitmar.observability.schema import TERNARY, title
 MATRIX_ARRAYS = ("matrices", "size", "zeros", "plus", "scale")
 LATENT_ARRAYS = ("text", "vision", "text_shares", "vision_shares", "sources", "names")
 _LAYER = re.compile(r"\.(?:blocks|layers)\.(\d+)\.")
+_LABEL_IN = 0.17  # room of a layer's number
 _VALUES = ("-1", "0", "1")
 _VALUE_COLOURS = (d.BLUE, "#bbbbbb", d.ORANGE)
 
@@ -103,10 +105,20 @@ def _by_layer(axis: Axes, values: np.ndarray, layers: list[Stretch]) -> None:
         axis.scatter(np.full(len(own), place), own, s=14, color=colour, alpha=0.5, linewidths=0)
         if len(own):
             axis.hlines(own.mean(), place - 0.35, place + 0.35, color=colour, linewidth=2.5)
-    every = -(-len(layers) // 24)
-    shown = [i for i, s in enumerate(layers) if s.layer is None or s.layer % every == 0]
+    shown = _labelled(layers, axis.get_position().width * d.WIDTH_IN)
     axis.set_xticks(shown, ["+" if layers[i].layer is None else str(layers[i].layer) for i in shown])
     axis.set_xlim(-0.6, len(layers) - 0.4)
+
+
+def _labelled(layers: list[Stretch], width_in: float) -> list[int]:
+    """The places that are named below an axis, as many as there is room for; what is beside the layers goes first."""
+    every, apart = -(-len(layers) // 24), math.ceil(_LABEL_IN * len(layers) / width_in)
+    shown: list[int] = []
+    for i in sorted(range(len(layers)), key=lambda i: layers[i].layer is not None):
+        named = (layers[i].layer or 0) % every == 0
+        if named and all(abs(i - other) >= apart for other in shown):
+            shown.append(i)
+    return sorted(shown)
 
 
 @d.styled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,18 +14,19 @@ from statistics import median
 import torch
 
 from bitmar import probing, train
-from bitmar.assembly import Run, assemble, open_loader
+from bitmar.assembly import Run, assemble, open_loader, open_run
 from bitmar.config import Config
 from bitmar.engine.census import histograms
 from bitmar.engine.faults import Guard
 from bitmar.engine.world import World
 from bitmar.observability.probes import gates_of
 from bitmar.observability.records import EVENTS_FILE, read_lines
+from bitmar.watch import open_watch
 from tools.engine_bench.common import ENDLESS, Bench, Row, measured_world
 from tools.engine_bench.ranks import WAIT_S, Group
 
 DEFAULT_BAR, EVERYTHING_BAR = 1.01, 1.10
-EPOCH = "epoch"  # asks a rank for its steps
+EPOCH, CHANGE = "epoch", "change"  # ask a rank for an epoch's steps, and to be watched in its other way
 TURN_S = 0.2  # one or two steps of the demo, a part of one of bitmar-14m
 OFF = (
     "wandb.enabled=false",
@@ -61,25 +63,24 @@ class Beats(Guard):
 def cadence_rows(bench: Bench) -> Iterator[Row]:
     """The demo model and the 14M model, two ranks; one a GPU where there are any."""
     for recipe in ("demo",) if bench.quick else ("demo", "bitmar-14m"):
-        few = bench.quick or recipe != "demo"
-        pairs, rounds = 1 if bench.quick else 2, 2 if few else 3
-        yield _row(bench, recipe, "default", DEFAULT_BAR, 5 if bench.quick else None, pairs, rounds)
-        yield _row(bench, recipe, "everything", EVERYTHING_BAR, 3 if bench.quick else 20, 1, 3 if few else 5)
+        rounds = 1 if bench.quick else 3 if recipe == "demo" else 2
+        yield _row(bench, recipe, "default", DEFAULT_BAR, 5 if bench.quick else None, rounds)
+        yield _row(bench, recipe, "everything", EVERYTHING_BAR, 3 if bench.quick else 20, rounds)
     if not bench.quick:  # of no bar
         yield _pass_row(bench)
         yield _histogram_row(bench)
 
 
-def _pair(bench: Bench, recipe: str, way: str, number: int) -> tuple[Group, Group]:
-    """The ranks that are watched, and those that are not; both read the same captions."""
-
+def _pair(bench: Bench, recipe: str, way: str) -> tuple[Group, Group]:
+    """The ranks that are watched, and those that are not, until they change places; both read the same captions."""
     ranks, precision = measured_world()
 
-    def start(side: str) -> Group:
-        name = f"{recipe}-{side}-beside-{way}-{number}"
-        return Group(training_rank, ranks, bench.config(recipe, name, precision, *WAYS[side]))
+    def start(*sides: str) -> Group:
+        names = (f"{recipe}-{way}-{sides[0]}-first-{side}" for side in sides)
+        configs = [bench.config(recipe, name, precision, *WAYS[side]) for name, side in zip(names, sides, strict=True)]
+        return Group(training_rank, ranks, *configs)
 
-    return start(way), start("off")
+    return start(way, "off"), start("off", way)
 
 
 class Turns:
@@ -121,18 +122,24 @@ def inside(turns: Sequence[tuple[float, float]], began: float, ended: float) -> 
     return sum(max(0.0, min(last, ended) - max(first, began)) for first, last in turns)
 
 
-def _row(bench: Bench, recipe: str, way: str, bar: float, steps: int | None, pairs: int, rounds: int) -> Row:
-    """Rounds of `steps` steps, or of an epoch, whose pictures are made at its end and drawn in the next round. What two
-    processes of the same kind differ by stays with them, so that there are several pairs."""
-    found = list[list[tuple[float, float]]]()
-    for number in range(pairs):
-        watched, off = _pair(bench, recipe, way, number)
-        turns, length = Turns(watched, off), steps or watched.ask(EPOCH)[0]
-        turns.seconds(2)
-        found += [turns.seconds(length) for _ in range(rounds)]
-        watched.close()
-        off.close()
-    ratios = [mine[0] / other[0] for mine, other in found]
+def _row(bench: Bench, recipe: str, way: str, bar: float, steps: int | None, rounds: int) -> Row:
+    """Rounds of `steps` steps, or of an epoch, whose pictures are made at its end and drawn in the next round.
+
+    Two processes of the same kind differ by up to 1 % in all their steps. So the sides change places after half of the
+    rounds, and a ratio is the geometric mean of two rounds: what a process has of its own falls out.
+    """
+    first, second = sides = _pair(bench, recipe, way)
+    turns, length = Turns(*sides), steps or first.ask(EPOCH)[0]
+    turns.seconds(2)
+    there = [turns.seconds(length) for _ in range(rounds)]
+    for side in sides:
+        side.ask(CHANGE)
+    turns.seconds(2)
+    back = [turns.seconds(length)[::-1] for _ in range(rounds)]
+    first.close()
+    second.close()
+    found, halves = there + back, [[mine[0] / other[0] for mine, other in half] for half in (there, back)]
+    ratios = [math.sqrt(one * other) for one, other in zip(*halves, strict=True)]
     meant = {
         "default": "metrics every 50 steps, attention every 100, pictures every epoch",
         "everything": "metrics and attention at every step",
@@ -148,6 +155,8 @@ def _row(bench: Bench, recipe: str, way: str, bar: float, steps: int | None, pai
         "ok": bench.verdict(ratios, lambda ratio: ratio <= bar),
         "cpu_ratio": round(median(mine[1] / other[1] for mine, other in found), 4),
         "each_round": [round(ratio, 4) for ratio in ratios],
+        "before_the_change": [round(ratio, 4) for ratio in halves[0]],
+        "after_it": [round(ratio, 4) for ratio in halves[1]],
     }
 
 
@@ -197,16 +206,34 @@ class Taken:
     cpu: float
 
 
-def training_rank(world: World, link: Connection, config: Config) -> None:
-    """Trains so many steps as the link asks for, until it asks for none; asked for EPOCH, tells how many that is."""
+def training_rank(world: World, link: Connection, config: Config, other: Config | None = None) -> None:
+    """Trains so many steps as the link asks for, until it asks for none; asked for EPOCH, tells how many that is; asked
+    to CHANGE, goes on as `other` has it watched."""
     run = assemble(config, world, Beats())
     _await_mirror(config)
     while asked := link.recv():
         if asked == EPOCH:
             link.send(round(run.lengths[0] / run.loader.order.epochs(0)))
+        elif asked == CHANGE:
+            assert other is not None
+            _change(run, other)
+            link.send(CHANGE)
         else:
             link.send(train_steps(run, asked))
     run.sinks.close(0)
+
+
+def _change(run: Run, config: Config) -> None:
+    """The same run, engine and weights, watched in another way, once the pictures of its old one are drawn."""
+    if run.watch.board is not None:
+        assert run.watch.board.wait(WAIT_S)
+        run.watch.board.stop()
+    run.sinks.close(0)
+    model = run.watch.parameters, run.watch.sizes
+    run.config = config
+    run.sinks = open_run(config, run.world, run.progress, run.last_step, False, run.shards.tokenizer)
+    run.watch = open_watch(config, run.shards, run.engine, model, run.world, run.progress.step, files=True)
+    _await_mirror(config)
 
 
 def _await_mirror(config: Config) -> None:

@@ -13,7 +13,7 @@ from bitmar.observability.board import Board, append, cut_torn, read_records
 from bitmar.observability.probes import Caption
 from bitmar.watch_config import AttentionAnalysisConfig
 from tests.support.picture_runs import PICTURES, Size, head_pictures, write_run
-from tests.support.processes import processes_of, wait_for
+from tests.support.processes import processes_of
 
 
 def steps(path: Path) -> list[int]:
@@ -77,13 +77,11 @@ def test_pictures_come_from_a_process_of_its_own(tmp_path: Path, monkeypatch: py
 def test_one_process_makes_all_drawings_and_ends_with_the_run(tmp_path: Path) -> None:
     write_run(tmp_path, Size(logs=2))
     taken = Board(tmp_path, str, (), step=20)
-    drawn: list[str] = []
-    seen = set()
+    seen = set[int]()
     for folder in ("plots", "attention_analysis"):
         taken.draw(20, [folder])
-        assert wait_for(lambda: bool(drawn.extend(path.parent.name for _, path in taken.pictures()) or drawn))
-        assert set(drawn) == {folder}
-        drawn.clear()
+        assert taken.wait(120)
+        assert {path.parent.name for _, path in taken.pictures()} == {folder}
         seen |= {process.pid for process in processes_of(str(tmp_path))}
     assert len(seen) == 1
     taken.close()
@@ -97,10 +95,10 @@ def test_a_drawing_goes_on_after_one_that_failed(tmp_path: Path) -> None:
     in_its_place = tmp_path / "plots" / "losses.png"
     in_its_place.mkdir(parents=True)
     taken = Board(tmp_path, str, (), step=20)
-    problems: list[str] = []
     taken.draw(20)
-    assert wait_for(lambda: bool(problems.extend(taken.problems()) or problems))
-    assert "losses.png" in problems[0]
+    assert taken.wait(120)
+    (problem,) = taken.problems()
+    assert "losses.png" in problem
     in_its_place.rmdir()
     taken.draw(20)
     taken.close()
