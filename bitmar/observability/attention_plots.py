@@ -263,7 +263,7 @@ def patterns_figure(about: d.About, kind: str, found: Arrays) -> Figure | None:
         return None
     shown = min(len(heads), _PATTERNS)
     columns = 2 if shown == 4 else min(shown, _PATTERN_COLUMNS)
-    rows, width_in = -(-shown // columns), 6.0 / columns
+    rows = -(-shown // columns)
     height_in = min(max(_LABEL_IN * len(words), 1.3), 2.3)
     part = f", {shown} of {len(heads)}" if shown < len(heads) else ""
     heading = f"What the top {_heads_of(kind)} attend to{part}"
@@ -272,6 +272,7 @@ def patterns_figure(about: d.About, kind: str, found: Arrays) -> Figure | None:
     last_row = 0.35 + below if shown % columns else 0.35  # labels above an empty place
     room = d.Room(0.45 + word_in, d.BAR_IN, 0.4 + below, column=0.15, row=0.35, last_row=last_row)
     figure, axes = d.grid(about, heading, [height_in] * rows, columns, room, sharex=True, sharey=True)
+    width_in = axes[0, 0].get_position().width * d.WIDTH_IN
     seen = np.ma.masked_invalid(weights)
     most, signed = float(np.abs(seen).max()) or 1.0, bool((seen < 0).any())  # least squares: of either sign
     colours = {"cmap": "RdBu_r", "vmin": -most} if signed else {"cmap": "viridis", "vmin": 0.0}

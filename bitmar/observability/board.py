@@ -155,8 +155,9 @@ class Board:
     def stop(self) -> None:
         """End a drawing that goes on, and the thread once it has written what it holds. Nothing where it is closed."""
         self._stopped = True
-        if self._drawer is not None:
-            self._drawer.kill()
+        drawer = self._drawer  # the thread may be done with it meanwhile
+        if drawer is not None:
+            drawer.kill()
         self._work.put(None)
         self._thread.join(STOP_S)
 
@@ -236,12 +237,18 @@ class Board:
     def _draw(self, step: int, folders: Sequence[str]) -> None:
         if self._stopped or not folders:
             return
+        if self._drawer is not None and not self._drawer.works:  # after a drawing that failed, or killed while it slept
+            self._end_drawer()
         if self._drawer is None:
             self._drawer = Drawer(self._run_dir)
-        paths, wrong = self._drawer.draw(folders, DRAW_S)
+        if self._stopped:  # meanwhile
+            return
+        try:
+            paths, wrong = self._drawer.draw(folders, DRAW_S)
+        except Exception:
+            self._end_drawer()  # what it says would be taken for an answer to the next wish
+            raise
         for path in paths:
             self._drawn.put((step, path))
-        if wrong:
-            self._end_drawer()
-            if not self._stopped:
-                self._problems.put(f"pictures: {wrong}")
+        if wrong and not self._stopped:
+            self._problems.put(f"pictures: {wrong}")

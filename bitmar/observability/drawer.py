@@ -34,26 +34,38 @@ class Drawer:
             raise
         yield_cores(self._process.pid)  # before its imports
 
+    @property
+    def works(self) -> bool:
+        """Whether the process lives."""
+        return self._process.poll() is None
+
     def draw(self, folders: Sequence[str], within_s: float) -> tuple[list[Path], str]:
         """The pictures of these folders that were drawn, and what went wrong: empty, or the process has ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        told = list[Path]()
-        late = threading.Timer(within_s, self._process.kill)
+        said, told, expired = self._said.seek(0, os.SEEK_END), list[Path](), threading.Event()
+
+        def end() -> None:
+            expired.set()
+            self._process.kill()
+
+        late = threading.Timer(within_s, end)
+        late.daemon = True
         late.start()
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and has said why
-            print(*folders, file=self._process.stdin, flush=True)
-        for line in self._process.stdout:
-            if line == "\n":
-                late.cancel()
-                return told, ""
-            told.append(Path(line.rstrip("\n")))
-        expired = late.finished.is_set()
-        late.cancel()
-        code = self._process.wait()
-        self._said.seek(0)
-        said = self._said.read().strip().split("\n")[-1]
-        return told, f"not drawn within {within_s:g} s" if expired else said or f"exit code {code}"
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended, and has said why
+                print(*folders, file=self._process.stdin, flush=True)
+            for line in self._process.stdout:
+                if line == "\n":
+                    return told, ""
+                told.append(Path(line.rstrip("\n")))
+            code = self._process.wait()
+        finally:
+            late.cancel()
+        if expired.is_set():
+            return told, f"not drawn within {within_s:g} s"
+        self._said.seek(said)
+        return told, self._said.read().strip().split("\n")[-1] or f"exit code {code}"
 
     def kill(self) -> None:
         """End it in the middle of what it does."""

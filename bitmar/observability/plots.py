@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -136,7 +137,7 @@ def draw_plots(run_dir: Path, folders: Sequence[str] = PICTURE_FOLDERS) -> Itera
     is left out. Raises ValueError when the run has logged nothing.
     """
     run = RunFolder(run_dir, METRICS.__contains__)
-    saved: dict[Figure, Path] = {}
+    saved = weakref.WeakKeyDictionary[Figure, Path]()
     for folder, figures in zip(PICTURE_FOLDERS, (_plots, _head_pictures), strict=True):
         for name, figure in figures(run) if folder in folders else ():
             if figure is not None:
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--folders", nargs="+", choices=PICTURE_FOLDERS, default=PICTURE_FOLDERS, help="these alone")
     parser.add_argument("--serve", action="store_true", help="draw folders as lines of standard input name them")
-    parser.add_argument("--parent", type=int, help="end when this process, which started it, is gone")
+    parser.add_argument("--parent", type=int, help="with --serve: end when this process, which started it, is gone")
     options = parser.parse_args(arguments)
     run_dir = options.run_dir
     if options.parent is not None:

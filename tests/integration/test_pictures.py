@@ -109,7 +109,7 @@ def test_a_run_that_is_killed_leaves_no_drawing_behind(tmp_path: Path, tiny_shar
     path, _ = write_run(tmp_path, tiny_shards, "killed")
     with trainers(path, 1, "phases.2.steps=100000", "training.max_epochs=100000") as started:
         parent = started.processes[0].pid
-        wait_for(lambda: bool(drawers(parent)), 120)
+        assert wait_for(lambda: bool(drawers(parent)), 120)
         (drawer,) = drawers(parent)
         started.signal(0, signal.SIGKILL)
-        wait_for(lambda: not drawer.is_running() or drawer.status() == psutil.STATUS_ZOMBIE, 60)
+        assert wait_for(lambda: not drawer.is_running() or drawer.status() == psutil.STATUS_ZOMBIE, 60)

@@ -77,8 +77,8 @@ def matrices(layers: int) -> tuple[str, ...]:
     )
 
 
-def write_run(folder: Path, size: Size = Size(), seed: int = 0) -> Path:
-    """A run of three phases in `folder`; the memory is written from the middle on."""
+def write_run(folder: Path, size: Size = Size(), seed: int = 0, caption: tuple[str, ...] = CAPTION) -> Path:
+    """A run of three phases in `folder`; the memory is written from the middle on. `caption`: of its pictures."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plots" / "data").mkdir(parents=True, exist_ok=True)
@@ -90,8 +90,8 @@ def write_run(folder: Path, size: Size = Size(), seed: int = 0) -> Path:
     write_memory(folder / "plots" / "data" / "memory.npys", size, rng)
     write_weights(folder / "plots" / "data" / "quantization.npys", size, rng)
     for log in range(1, size.logs + 1):
-        write_heads(folder, size, size.every * log, rng)
-    write_captions(folder, size, rng)
+        write_heads(folder, size, size.every * log, rng, caption)
+    write_captions(folder, size, rng, caption)
     write_latents(folder, size, rng)
     return folder
 
@@ -141,7 +141,9 @@ def write_weights(path: Path, size: Size, rng: np.random.Generator) -> None:
         append(path, {"step": np.array(size.every * log), **values})
 
 
-def write_heads(folder: Path, size: Size, step: int, rng: np.random.Generator) -> None:
+def write_heads(
+    folder: Path, size: Size, step: int, rng: np.random.Generator, caption: tuple[str, ...] = CAPTION
+) -> None:
     """And, at the last log, the patterns of the top heads in a caption."""
     arrays: dict[str, np.ndarray] = {}
     for kind, shape in size.layout.heads.items():
@@ -152,13 +154,13 @@ def write_heads(folder: Path, size: Size, step: int, rng: np.random.Generator) -
             arrays[f"{kind}_Distance"] = rng.uniform(2.0, 8.0, shape)
             arrays[f"{kind}_First_Token"] = rng.uniform(0.0, 0.4, shape)
     top = {kind: top_heads(arrays[f"{name}_Importance"], size.top) for kind, name in TITLES.items()}
-    words, keys = len(CAPTION), {"cross_modal": size.vision_tokens, "memory": size.slots}
+    words, keys = len(caption), {"cross_modal": size.vision_tokens, "memory": size.slots}
     patterns = {}
     for kind, heads in top.items() if step == size.last else ():
         weights = rng.dirichlet(np.full(keys.get(kind, words), 0.3), (len(heads), words)).astype(np.float32)
         patterns[kind] = weights if kind in keys else np.tril(weights)
     analysis = HeadAnalysis(arrays, top, patterns, np.arange(words))
-    for name, values in analysis.files(step, CAPTION.__getitem__):
+    for name, values in analysis.files(step, caption.__getitem__):
         path = folder / "attention_analysis" / name
         if isinstance(values, np.ndarray):
             np.save(path, values)

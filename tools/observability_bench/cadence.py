@@ -138,8 +138,9 @@ def _row(bench: Bench, recipe: str, way: str, bar: float, steps: int | None, rou
     back = [turns.seconds(length)[::-1] for _ in range(rounds)]
     first.close()
     second.close()
-    found, halves = there + back, [[mine[0] / other[0] for mine, other in half] for half in (there, back)]
-    ratios = [math.sqrt(one * other) for one, other in zip(*halves, strict=True)]
+    found = there + back
+    halves, cpu = ([[mine[i] / other[i] for mine, other in half] for half in (there, back)] for i in (0, 1))
+    ratios, cpu_ratios = ([math.sqrt(a * b) for a, b in zip(*both, strict=True)] for both in (halves, cpu))
     meant = {
         "default": "metrics every 50 steps, attention every 100, pictures every epoch",
         "everything": "metrics and attention at every step",
@@ -153,7 +154,7 @@ def _row(bench: Bench, recipe: str, way: str, bar: float, steps: int | None, rou
         "unit": "s a step",
         "bar": f"<= {bar}",
         "ok": bench.verdict(ratios, lambda ratio: ratio <= bar),
-        "cpu_ratio": round(median(mine[1] / other[1] for mine, other in found), 4),
+        "cpu_ratio": round(median(cpu_ratios), 4),
         "each_round": [round(ratio, 4) for ratio in ratios],
         "before_the_change": [round(ratio, 4) for ratio in halves[0]],
         "after_it": [round(ratio, 4) for ratio in halves[1]],
@@ -226,7 +227,8 @@ def training_rank(world: World, link: Connection, config: Config, other: Config 
 def _change(run: Run, config: Config) -> None:
     """The same run, engine and weights, watched in another way, once the pictures of its old one are drawn."""
     if run.watch.board is not None:
-        assert run.watch.board.wait(WAIT_S)
+        if not run.watch.board.wait(WAIT_S):
+            raise RuntimeError("the pictures of a side are not drawn")
         run.watch.board.stop()
     run.sinks.close(0)
     model = run.watch.parameters, run.watch.sizes

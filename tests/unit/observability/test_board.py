@@ -84,6 +84,12 @@ def test_one_process_makes_all_drawings_and_ends_with_the_run(tmp_path: Path) ->
         assert {path.parent.name for _, path in taken.pictures()} == {folder}
         seen |= {process.pid for process in processes_of(str(tmp_path))}
     assert len(seen) == 1
+    (asleep,) = processes_of(str(tmp_path))
+    asleep.kill()  # a new one takes its place
+    asleep.wait(60)
+    taken.draw(20, ["plots"])
+    assert taken.wait(120)
+    assert {path.parent.name for _, path in taken.pictures()} == {"plots"}
     taken.close()
     assert (processes_of(str(tmp_path)), list(taken.problems())) == ([], [])
 

@@ -122,9 +122,10 @@ def test_no_text_lies_on_another_or_is_cut_off(tmp_path: Path, monkeypatch: pyte
         draw(text, renderer)
 
     monkeypatch.setattr(Text, "draw", noted)
-    long = tuple(" " + "wide" * 5 if i % 2 else word for i, word in enumerate(CAPTION))
-    write_captions(write_run(tmp_path, size), size, np.random.default_rng(0), long)
+    write_run(tmp_path, size, caption=tuple(" " + "wide" * 5 if i % 2 else word for i, word in enumerate(3 * CAPTION)))
+    noticed = 0
     for path in draw_plots(tmp_path):
+        noticed += len(drawn)
         high, wide = imread(path).shape[:2]
         for text, box in drawn:
             assert min(box.x0, box.y0, wide - box.x1, high - box.y1) >= 0, (path.name, text, box)
@@ -133,6 +134,7 @@ def test_no_text_lies_on_another_or_is_cut_off(tmp_path: Path, monkeypatch: pyte
             along = min(box.y1, its.y1) - max(box.y0, its.y0)
             assert min(across, along) <= TOUCH, (path.name, text, other, across, along)
         drawn.clear()
+    assert noticed > 100
 
 
 def test_a_short_large_run(tmp_path: Path) -> None:
