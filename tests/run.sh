@@ -57,7 +57,7 @@ check "ruff check" ruff check
 check "ruff format" ruff format --check
 check "pyright" pyright
 check "shellcheck" shellcheck -x launch/*.sh launch/*.sbatch tests/run.sh .ci/run
-on_all_cores=(-n logical --maxprocesses 4 --dist loadfile)
+on_all_cores=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 last=("pytest" -m "$marks" "${on_all_cores[@]}")
 if [ "${1:-}" != quick ]; then
     check "pytest of unit and numerics" python -m pytest "${last[@]:1}" tests/unit tests/numerics

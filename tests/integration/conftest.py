@@ -13,6 +13,17 @@ from tests.integration.hosts import Network, network
 from tests.support.ranks import run_ranks
 from tests.support.runs import make_shards, run_tool, tiny_config
 
+LONGEST = ("test_learning.py", "test_supervise.py", "test_train.py", "test_engine.py", "test_wandb_training.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These behind all others, the longest files first: a file is one worker's, and none should wait for the last."""
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        return Path(__file__).parent in item.path.parents, item.path.name not in LONGEST
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session")
 def tiny_raw(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -61,7 +61,7 @@ def set_keys(run_dir: Path, **keys: bool) -> None:
     (run_dir / "config.yaml").write_text(json.dumps({"wandb": keys}), encoding="utf-8")
 
 
-@pytest.mark.parametrize("slots", [37, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (1, 5, 64, 512))])
+@pytest.mark.parametrize("slots", [37, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (5, 512))])
 def test_every_picture_decodes_and_is_not_blank(tmp_path: Path, slots: int) -> None:
     write_run(tmp_path, Size(slots=slots))
     paths = write_plots(tmp_path)
@@ -106,7 +106,7 @@ LEAST = Size(slots=1, logs=1, layers=1, heads=1, vision_tokens=2, captions=1, so
                 LEAST,
                 dataclasses.replace(LARGE, slots=20_000, every=2_000_000, factor=1e6),
                 dataclasses.replace(LARGE, logs=80, layers=101, heads=3, factor=1e-6),
-                *(Size(top=top, heads=7) for top in (2, 3, 4, 5)),
+                *(Size(top=top, heads=7) for top in (4, 5)),
             )
         ),
     ],
