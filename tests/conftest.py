@@ -11,10 +11,17 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers that share the cores would wait for each other's threads
     torch.set_num_threads(1)
+
+# No example has a deadline: a machine may be busy. `quick` has fewer of what names no number of its own.
+usual = settings.get_profile(settings.get_current_profile_name())
+settings.register_profile("unhurried", usual, deadline=None)
+settings.register_profile("quick", usual, deadline=None, max_examples=25)
+settings.load_profile("unhurried")
 
 # The hook must stand before the first import of what it checks, and stays for the whole session.
 install_import_hook(["bitmar.batch", "bitmar.losses", "bitmar.model"], "beartype.beartype")

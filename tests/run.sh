@@ -50,23 +50,26 @@ check() { # name, command...
     "$@" || failed+=("$name")
 }
 
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same files
 export WANDB_MODE=offline WANDB_SILENT=true PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 [ "$(count_gpus)" -gt 0 ] || export DS_ACCELERATOR=cpu
 
 check "ruff check" ruff check
 check "ruff format" ruff format --check
-check "pyright" pyright
 check "shellcheck" shellcheck -x launch/*.sh launch/*.sbatch tests/run.sh .ci/run
-on_all_cores=(-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
-last=("pytest" -m "$marks" "${on_all_cores[@]}")
-if [ "${1:-}" != quick ]; then
-    check "pytest of unit and numerics" python -m pytest "${last[@]:1}" tests/unit tests/numerics
-    last=("pytest of integration" "${last[@]:1}" tests/integration)
+
+tests=(python -m pytest -m "$marks" -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
+if [ "${1:-}" = quick ]; then
+    tests+=(--hypothesis-profile quick)
+    last=(tests/unit tests/numerics tests/integration)
+else
+    check "pytest tests/unit tests/numerics" "${tests[@]}" tests/unit tests/numerics
+    last=(tests/integration)
 fi
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED before the last tests: ${failed[*]}"
 fi
-echo "== ${last[0]}"
-python -m pytest "${last[@]:1}"
-tests=$?
-[ $tests -eq 0 ] && [ ${#failed[@]} -eq 0 ]
+echo "== pytest ${last[*]}"
+"${tests[@]}" "${last[@]}"
+code=$?
+[ $code -eq 0 ] && [ ${#failed[@]} -eq 0 ]

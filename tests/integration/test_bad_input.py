@@ -192,6 +192,7 @@ def late_refusals(world: World, path: str, cases: list[list[str]]) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_late_refusals(good: dict[str, Any], tmp_path: Path) -> None:
     """In one process of its own: DeepSpeed makes no second engine after its process group has gone."""
     path = write_recipe(tmp_path / "recipe.yaml", good)

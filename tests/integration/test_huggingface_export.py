@@ -220,7 +220,7 @@ def test_fine_tuning_calls_of_babylm(tiny: Tiny, causal: bool) -> None:
     assert model.encoder.blocks[0].attention.qkv.weight.grad.abs().sum() > 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.sampled_from(["<eos> a", "", " a  b "]))
 def test_texts_come_back_from_their_tokens(tiny: Tiny, text: str) -> None:
     tokenizer = _tokenizer(tiny.directory)

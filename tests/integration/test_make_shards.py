@@ -74,6 +74,7 @@ def test_tars_are_plain_and_anonymous(converted: tuple[Path, Path]) -> None:
             assert not member.pax_headers
 
 
+@pytest.mark.slow
 def test_a_second_run_reuses_and_a_third_process_makes_the_same(converted: tuple[Path, Path], tmp_path: Path) -> None:
     raw, out = converted
     again = run("make_shards.py", "--raw", raw, "--out", out, "--samples-per-shard", 1000)

@@ -68,7 +68,7 @@ def least(shards: Path, window_shards: int) -> int:
     return max(loader.order.window_bytes(sizes, 1), int(sizes.max()))
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 4), st.floats(1, 4))
 def test_a_cache_of_any_size_that_holds_a_window_gives_the_same_rows(
     small: Path, tmp_path_factory: pytest.TempPathFactory, window_shards: int, windows: float

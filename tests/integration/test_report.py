@@ -12,6 +12,8 @@ from tests.support.browser import Browser, Page, chromium
 from tests.support.logged_runs import died_run, finished_run
 from tests.support.runs import run_tool
 
+pytestmark = pytest.mark.slow
+
 PHONE = (390, 844)
 DRAW_ALL = "dispatchEvent(new Event('beforeprint'))"
 ALL_DRAWN = "[...document.querySelectorAll('[data-chart]')].every(box => box.dataset.drawn === 'yes')"

@@ -62,6 +62,7 @@ def test_a_picture_is_not_unpacked_on_its_way(tmp_path: Path) -> None:
     assert told(tmp_path / "run", "warning") == []
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_ready_late_is_shown_at_the_newest_step(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     mirror(run_dir, tmp_path / "home", LOGS.replace("image(40", "image(10"), wandb=OFFLINE)
@@ -108,12 +109,14 @@ def test_histograms_alerts_and_artifacts_are_in_it_too(tmp_path: Path) -> None:
     assert "Weights/decoder" not in (run_dir / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_alerts_can_be_switched_off(tmp_path: Path) -> None:
     mirror(tmp_path / "run", tmp_path / "home", MORE, wandb={**OFFLINE, "alerts": False})
     assert told(tmp_path / "run", "alert") == []
     assert records(wandb_files(tmp_path / "run")[0], "alert") == []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_id_and_its_steps_rise(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     mirror(run_dir, tmp_path / "home", LOGS.replace("40, 10", "30, 10").replace("image(40", "image(20"))
@@ -135,6 +138,7 @@ sink.close(0)
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_went_back_sends_no_step_again(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     mirror(run_dir, tmp_path / "home", REWOUND, wandb=OFFLINE)
@@ -142,6 +146,7 @@ def test_a_run_that_went_back_sends_no_step_again(tmp_path: Path) -> None:
     assert read_series(run_dir / "metrics.jsonl")["Training/Loss"][1].tolist() == [10, -20, -30, -40]
 
 
+@pytest.mark.slow
 def test_without_resume_each_start_is_a_run_of_its_own(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     for resume_step in (None, 0):
@@ -180,6 +185,7 @@ sink.close(0)
 """
 
 
+@pytest.mark.slow
 def test_a_wandb_process_that_dies_costs_a_warning(tmp_path: Path) -> None:
     mirror(tmp_path / "run", tmp_path / "home", CORE_KILLED, wandb=OFFLINE)
     assert len(list(read_lines(tmp_path / "run" / "metrics.jsonl"))) == 9
@@ -198,6 +204,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_of_a_killed_run_wandb_writes_what_it_was_sent(tmp_path: Path) -> None:
     """All but the last log, which was on its way."""
     mirror(tmp_path / "run", tmp_path / "home", KILLED, wandb=OFFLINE, code=-signal.SIGKILL)
@@ -226,6 +233,7 @@ def test_the_key_reaches_no_file(tmp_path: Path, mode: str) -> None:
 ONLINE = LOGS.replace("40, 10", "30, 10").replace("image(40", "image(20")
 
 
+@pytest.mark.slow
 def test_online_the_address_is_told_and_two_starts_are_one_run(tmp_path: Path) -> None:
     """Against a stand-in that keeps what the real client sends: metrics, alerts, images, the report at the end."""
     run_dir, home = tmp_path / "run", tmp_path / "home"
@@ -250,6 +258,7 @@ def test_online_the_address_is_told_and_two_starts_are_one_run(tmp_path: Path) -
         assert CANARY.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_a_report_of_a_run_that_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with wandb_server("answers") as server:
         for name, value in own_environment(tmp_path / "home").items():
@@ -266,6 +275,7 @@ def test_a_report_of_a_run_that_is_over(tmp_path: Path, monkeypatch: pytest.Monk
     assert CANARY not in done.stdout + done.stderr + str(sent)
 
 
+@pytest.mark.slow
 def test_offline_parts_are_synced_into_one_run(tmp_path: Path) -> None:
     run_dir, home = tmp_path / "run", tmp_path / "home"
     mirror(run_dir, home, ONLINE, wandb=OFFLINE)
@@ -302,6 +312,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_training_waits_for_no_server(tmp_path: Path) -> None:
     """A server that never answers: a hundred thousand logs are taken, and a run that failed ends soon."""
     with wandb_server("hangs") as server:
@@ -328,6 +339,7 @@ leave(0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["hangs", "closed", "500"])
 def test_a_server_that_turns_bad_costs_a_warning(tmp_path: Path, kind: Useless) -> None:

@@ -41,7 +41,9 @@ def trained_like(seed: int = 3, frozen: bool = False, **changes: object) -> BitM
     return freeze(model) if frozen else model
 
 
-FROZEN = pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+FROZEN = pytest.mark.parametrize(
+    "frozen", [pytest.param(False, marks=pytest.mark.slow), True], ids=["trained", "frozen"]
+)
 
 
 def images(count: int) -> torch.Tensor:
@@ -105,7 +107,7 @@ def test_the_kernels_blocks_are_the_models(edited: bool) -> None:
     assert float(apart.max()) < 0.02 * float(plain.logits.abs().max())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(1, 5), min_size=1, max_size=5),
     st.sampled_from(["attention", "larimar"]),

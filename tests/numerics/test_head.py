@@ -29,7 +29,7 @@ def a_thread(block: int) -> int:
     return -(-block * VOCABULARY // torch.get_num_threads())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     positions=st.integers(1, 50), block=st.integers(1, 60), factor=st.floats(-3, 3, width=32), seed=st.integers(0, 99)
 )

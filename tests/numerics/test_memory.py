@@ -51,7 +51,7 @@ def reference_read_larimar(state: MemoryState, query: torch.Tensor, reader: int)
     return (weights @ state.values[allowed].double()).float()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     slots=st.sampled_from([1, 5, 37]),
     fill=st.floats(0, 1),
@@ -124,7 +124,7 @@ def reference_write(
     return dataclasses.replace(state, keys=k, values=v, image_ids=image, written=written, age=age)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     slots=st.sampled_from([1, 3, 37]),
     fill=st.floats(0, 1),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -55,7 +55,6 @@ def rounded(model: BitMar) -> BitMar:
     return copy
 
 
-@settings(deadline=None)
 @given(st.sampled_from(BITS), st.integers(1, 9), st.integers(1, 23), st.integers(0, 2**31))
 def test_values_come_back(bits: Bits, rows: int, columns: int, seed: int) -> None:
     values = torch.randint(-1, 2, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
@@ -149,7 +148,6 @@ def test_this_machine_has_a_kernel_where_it_has_a_compiler() -> None:
 
 
 @needs_compiler
-@settings(deadline=None)
 @given(
     st.integers(1, 9),
     st.one_of(st.integers(1, 40), st.integers(2000, 2500)),

@@ -193,7 +193,7 @@ def test_ranks_offer_equally_many_episodes() -> None:
     assert torch.equal(filled.keys[:2], few.keys)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(st.integers(0, 7), max_size=5), min_size=1, max_size=6),
     st.integers(0, 4),

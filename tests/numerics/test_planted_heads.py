@@ -64,6 +64,7 @@ def test_the_useless_head_comes_last_by_gate_gradient(planted: tuple[BitMar, Mem
     assert order[0] == INDUCTION, "half of the text can be foretold by it alone"
 
 
+@pytest.mark.slow
 def test_the_useless_head_comes_last_by_lofit(planted: tuple[BitMar, MemoryState]) -> None:
     model, memory = planted
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -26,7 +26,7 @@ def reference(x: Tensor, weight: Tensor) -> Tensor:
     return (x_q @ w_q.T * gamma * top / 127).float()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 9),
     inputs=st.integers(1, 40),

@@ -109,7 +109,7 @@ names = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.sets(names, min_size=1, max_size=5))
 def test_a_reset_touches_its_heads_alone(heads: set[HeadName]) -> None:
     whole = trained_like(config())

@@ -121,6 +121,7 @@ def test_more_gpus_take_less_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert days[0] == pytest.approx(16 * days[1])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_what_would_do(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*recipe("bitmar-120m"), "--ds", str(ROOT / "ds_configs/zero1.json"), "--gpus", "8"]
     code, out, _ = planned(capsys, *arguments, "--gpu-memory", "80GB", "--json")

@@ -57,7 +57,7 @@ def in_one_place(fragments: list[Fragment]) -> Iterator[Fragment]:
             place.fill_(torch.nan)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(at=st.floats(0, 1), chunk=st.integers(1, 50), short=st.floats(0, 1), seed=st.integers(0, 99))
 def test_sums_over_ranks_are_those_of_the_whole_parameters(at: float, chunk: int, short: float, seed: int) -> None:
     whole = numbers(seed)

@@ -54,6 +54,7 @@ def _cores_and_threads(world: World) -> tuple[list[int], int]:
     return allowed_cores(), torch.get_num_threads()
 
 
+@pytest.mark.slow
 @LINUX
 def test_two_ranks_share_the_cores_of_their_machine(tmp_path: Path) -> None:
     cores = allowed_cores()

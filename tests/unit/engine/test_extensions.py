@@ -23,6 +23,7 @@ baton.release()
 """
 
 
+@pytest.mark.slow
 def test_a_living_builder_is_no_stale_lock_and_a_killed_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
     lock = tmp_path / "cpu_adam" / "lock"

@@ -43,7 +43,7 @@ def looped(latents: Latents) -> tuple[list[int], list[int]]:
     return by_caption, by_image
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(0, 12), st.integers(1, 30), st.booleans(), st.integers(0, 2**31))
 def test_blocks_are_one_matrix(images: int, more: int, block: int, whole: bool, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -127,7 +127,6 @@ def extent_in(text: str, size: float) -> float:
     return figure.text(0, 0, text, size=size).get_window_extent(renderer).width / d.DPI
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("abcWil .-109\n", max_size=12), min_size=1, max_size=4), st.sampled_from([9.0, 10.0, 11.0]))
 def test_a_width_is_that_of_the_text_when_it_is_drawn(texts: list[str], size: float) -> None:
     widest = max(extent_in(text, size) for text in texts)

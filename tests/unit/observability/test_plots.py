@@ -61,7 +61,8 @@ def set_keys(run_dir: Path, **keys: bool) -> None:
     (run_dir / "config.yaml").write_text(json.dumps({"wandb": keys}), encoding="utf-8")
 
 
-@pytest.mark.parametrize("slots", [37, *(pytest.param(slots, marks=pytest.mark.slow) for slots in (5, 512))])
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [37, 5, 512])
 def test_every_picture_decodes_and_is_not_blank(tmp_path: Path, slots: int) -> None:
     write_run(tmp_path, Size(slots=slots))
     paths = write_plots(tmp_path)
@@ -95,20 +96,16 @@ LARGE = Size(slots=512, layers=12, heads=12, vision_tokens=49, captions=100, sou
 LEAST = Size(slots=1, logs=1, layers=1, heads=1, vision_tokens=2, captions=1, sources=1, samples=2, top=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size",
     [
         Size(),
-        *(
-            pytest.param(size, marks=pytest.mark.slow)
-            for size in (
-                LARGE,
-                LEAST,
-                dataclasses.replace(LARGE, slots=20_000, every=2_000_000, factor=1e6),
-                dataclasses.replace(LARGE, logs=80, layers=101, heads=3, factor=1e-6),
-                *(Size(top=top, heads=7) for top in (4, 5)),
-            )
-        ),
+        LARGE,
+        LEAST,
+        dataclasses.replace(LARGE, slots=20_000, every=2_000_000, factor=1e6),
+        dataclasses.replace(LARGE, logs=80, layers=101, heads=3, factor=1e-6),
+        *(Size(top=top, heads=7) for top in (4, 5)),
     ],
 )
 def test_no_text_lies_on_another_or_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: Size) -> None:
@@ -137,6 +134,7 @@ def test_no_text_lies_on_another_or_is_cut_off(tmp_path: Path, monkeypatch: pyte
     assert noticed > 100
 
 
+@pytest.mark.slow
 def test_a_short_large_run(tmp_path: Path) -> None:
     assert plots(write_run(tmp_path, dataclasses.replace(LARGE, logs=2))) == list(ALL)
 
@@ -264,6 +262,7 @@ def test_data_of_steps_that_a_resumed_run_has_left_is_not_shown(tmp_path: Path) 
     assert {"weights", "head_importance"} <= set(drawn)
 
 
+@pytest.mark.slow
 def test_words_of_any_script(tmp_path: Path) -> None:
     """Warnings are errors here: one of a glyph that the font lacks would fail."""
     words = (

@@ -61,7 +61,7 @@ WHATS = st.sampled_from(["use", "use", "use", "fetch", "release"])  # to use is 
 OPERATIONS = st.lists(st.tuples(WHATS, st.sampled_from(sorted(SIZES))), max_size=30)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(30, 100), OPERATIONS)
 def test_against_a_model(tmp_path_factory: pytest.TempPathFactory, limit: int, operations: list) -> None:
     cache, model = Cache(tmp_path_factory.mktemp("cache"), limit), Model(limit)

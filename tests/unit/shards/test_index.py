@@ -26,6 +26,7 @@ def first_tar(directory: Path, pattern: str, to: Path) -> tuple[Path, TextTokeni
     return to / tar.name, TextTokenizer(directory / "tokenizer.json")
 
 
+@pytest.mark.slow
 def test_rebuilt_index_is_byte_identical(shard_dir: Path, tmp_path: Path) -> None:
     tokenizer = TextTokenizer(shard_dir / "tokenizer.json")
     for tar in sorted(shard_dir.glob("*.tar")):

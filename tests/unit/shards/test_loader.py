@@ -64,7 +64,7 @@ def test_pairs_hold_what_the_raw_files_hold(raw_dir: Path, shard_dir: Path) -> N
     assert count == sum(entry["samples"] for entry in train)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.sampled_from([8, 33, 200]))
 def test_any_world_trains_the_same_targets_exactly_once(
     small_set: ShardSet, world: int, accumulation: int, micro_batch: int, row_tokens: int
@@ -151,7 +151,7 @@ def test_packed_captions_keep_their_images(raw_dir: Path, shard_dir: Path) -> No
     assert count == sum(entry["samples"] for entry in train)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([8, 33, 200]))
 def test_any_world_trains_the_same_packed_captions(
     small_set: ShardSet, world: int, accumulation: int, micro_batch: int, row_tokens: int
@@ -429,7 +429,7 @@ def test_max_samples_chooses_whole_samples_always_the_same(small_set: ShardSet) 
     assert np.array_equal(np.concatenate(first), np.concatenate(second))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(8, 40))
 def test_permuted_vision_is_never_of_the_same_image(small_set: ShardSet, max_samples: int) -> None:
     pool = validation(small_set, "pairs", max_samples=max_samples, row_tokens=200)

@@ -117,7 +117,7 @@ def shapes(draw: st.DrawFn) -> tuple[Data, Shape, int]:
     return data, Shape(partitions * share, draw(st.integers(2, 24)), partitions, window), seed
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(shapes(), st.booleans())
 def test_an_epoch_trains_every_position_exactly_once(case: tuple[Data, Shape, int], pack: bool) -> None:
     data, shape, seed = case
@@ -142,7 +142,7 @@ def test_an_epoch_trains_every_position_exactly_once(case: tuple[Data, Shape, in
     assert {order.passes()[name] for name in {SOURCES[i][0] for s in data.source for i in s.tolist()}} == {1}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes(), st.integers(1, 8), st.data())
 def test_slices_of_any_world_make_the_same_global_batch(
     case: tuple[Data, Shape, int], pieces: int, draw: st.DataObject
@@ -159,7 +159,7 @@ def test_slices_of_any_world_make_the_same_global_batch(
     assert same(joined(parts), whole(order, 0, step))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes(), st.data())
 def test_a_partition_gives_its_own_rows_from_its_own_shards(case: tuple[Data, Shape, int], draw: st.DataObject) -> None:
     data, shape, seed = case
@@ -177,7 +177,7 @@ def test_a_partition_gives_its_own_rows_from_its_own_shards(case: tuple[Data, Sh
         assert set(ahead) <= set(part.tolist())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes(), st.booleans(), st.data())
 def test_words_before_a_batch_against_a_count(case: tuple[Data, Shape, int], pack: bool, draw: st.DataObject) -> None:
     data, shape, seed = case
@@ -244,7 +244,7 @@ def test_captions_fill_their_rows() -> None:
     assert sum(int(plan.lengths.sum()) for plan in plans) / slots > 0.95
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=200), st.integers(40, 90))
 def test_rows_of_packed_lengths_hold_each_caption_once(lengths: list[int], width: int) -> None:
     values, counts = np.unique(lengths, return_counts=True)
@@ -264,7 +264,7 @@ def test_packed_captions_fill_their_rows() -> None:
         assert (values * counts).sum() / (rows * width) > least
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes())
 def test_a_packed_caption_is_cut_only_where_longer_than_a_row(case: tuple[Data, Shape, int]) -> None:
     data, shape, seed = case
@@ -285,7 +285,7 @@ def test_a_packed_caption_is_cut_only_where_longer_than_a_row(case: tuple[Data, 
         assert {part.slots for part in parts} == {plan.slots}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=300), st.integers(1, 60), st.integers(2, 30))
 def test_chunks_and_buckets(lengths: list[int], least: int, width: int) -> None:
     record, start, length = chunk_rows(np.array(lengths), width)

@@ -26,7 +26,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 4000), st.integers(0, 1000), st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 1000))))
 def test_maps_and_reads_agree(file: Path, start: int, size: int, cuts: list[tuple[int, int]]) -> None:
     owner, data = Owner(), file.read_bytes()[start : start + size]

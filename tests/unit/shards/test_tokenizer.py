@@ -94,7 +94,7 @@ SPACES = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\v", "\x1c", "\x85", "\xa0", "
 PIECES = st.one_of(st.sampled_from(WORDS), st.sampled_from(SPACES), st.just(" "))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(st.one_of(st.lists(PIECES, max_size=12).map("".join), st.text(max_size=30)), max_size=8))
 def test_what_is_looked_up_equals_the_library(tokenizer: TextTokenizer, texts: list[str]) -> None:
     check_against_the_library(tokenizer, [text.encode("utf-8", "ignore").decode() for text in texts])

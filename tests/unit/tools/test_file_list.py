@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shards.record import DataError
@@ -46,13 +46,11 @@ def refusal(text: str) -> str:
     return message
 
 
-@settings(deadline=None)
 @given(LISTS)
 def test_read_back(files: list[RemoteFile]) -> None:
     assert parse_file_list(written(files), PATH) == FileList(PATH, tuple(files))
 
 
-@settings(deadline=None)
 @given(LISTS, st.data())
 def test_choice(files: list[RemoteFile], data: st.DataObject) -> None:
     """By name, each once; without names all that are not by_name; a name that is not there tells the others."""
@@ -66,7 +64,6 @@ def test_choice(files: list[RemoteFile], data: st.DataObject) -> None:
     assert all(name in str(caught.value) for name in known)
 
 
-@settings(deadline=None)
 @given(LISTS, st.data())
 def test_an_unknown_key_is_told_with_its_line(files: list[RemoteFile], data: st.DataObject) -> None:
     lines = written(files).splitlines()
@@ -79,7 +76,6 @@ def test_an_unknown_key_is_told_with_its_line(files: list[RemoteFile], data: st.
     assert all(key in message for key in KEYS)
 
 
-@settings(deadline=None)
 @given(st.text() | LISTS.map(written).flatmap(lambda text: st.sampled_from(range(len(text))).map(lambda n: text[:n])))
 @example("a: &a [*a]")
 @example("a: {url: !!python/object/apply:os.getcwd []}")
