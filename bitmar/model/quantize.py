@@ -43,15 +43,24 @@ def section_scales(
 ) -> list[Float[Tensor, ""]]:
     """gamma of each section. `factors`: of a section whose mean|W| is not that of the matrix it was cut from."""
     # torch.linalg.vector_norm would need no copy of |W|, and takes five times as long on a CPU
-    means = [part.abs().mean(dtype=torch.float32) for part in weight.split(sections)]
+    return _mean_sizes(weight.abs(), sections, factors)
+
+
+def _mean_sizes(
+    sizes: Float[Tensor, "O I"], sections: tuple[int, ...], factors: tuple[float, ...]
+) -> list[Float[Tensor, ""]]:
+    """gamma of each section, of |W|."""
+    means = [part.mean(dtype=torch.float32) for part in sizes.split(sections)]
     if factors:  # in fp64, so that the product is the whole matrix's gamma to the bit
         means = [(mean.double() * factor).float() for mean, factor in zip(means, factors, strict=True)]
     return [mean.clamp(min=EPS) for mean in means]
 
 
-def ternary(weight: Float[Tensor, "O I"], scale: Float[Tensor, "O 1"]) -> Float[Tensor, "O I"]:
-    """w_q, values -1, 0 and 1 in fp32."""
-    return (weight / scale).round_().clamp_(-1, 1)
+def ternary(
+    weight: Float[Tensor, "O I"], scale: Float[Tensor, "O 1"], out: Float[Tensor, "O I"] | None = None
+) -> Float[Tensor, "O I"]:
+    """w_q, values -1, 0 and 1 in fp32; `out`: where they go, if given."""
+    return torch.div(weight, scale, out=out).round_().clamp_(-1, 1)
 
 
 def quantize_activations(x: Float[Tensor, "N I"]) -> tuple[Float[Tensor, "N I"], Float[Tensor, "N 1"]]:
@@ -92,9 +101,10 @@ def product_type(x: Tensor) -> torch.dtype:
 
 def rounded(weight: Tensor, sections: tuple[int, ...], factors: tuple[float, ...], dtype: torch.dtype) -> Rounded:
     """A weight rounded for products in `dtype`."""
-    scales = section_scales(weight, sections, factors)
+    sizes = weight.abs()  # and then w_q: memory that is new costs a CPU more than what is done there
+    scales = _mean_sizes(sizes, sections, factors)
     scale = by_row(scales, sections)
-    return Rounded(ternary(weight, scale).to(dtype), scale, scales)
+    return Rounded(ternary(weight, scale, sizes if sizes.dtype == scale.dtype else None).to(dtype), scale, scales)
 
 
 class _BitLinear(torch.autograd.Function):

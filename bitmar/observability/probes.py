@@ -193,9 +193,11 @@ def rounding_figures(x: Float[Tensor, "*B I"]) -> Float[Tensor, "4 N"]:
     """
     flat = x.detach().reshape(-1, x.shape[-1]).float()
     rounded, step = quantize_activations(flat)
-    zeros = flat.shape[1] - rounded.abs().clamp_(max=1).sum(1)
-    error = torch.linalg.vector_norm(torch.addcmul(flat, rounded, step, value=-1), dim=1).square_()
-    return torch.stack([zeros, torch.full_like(zeros, flat.shape[1]), error, flat.square().sum(1)])
+    error, size = (
+        torch.linalg.vector_norm(of, dim=1).square_() for of in (torch.addcmul(flat, rounded, step, value=-1), flat)
+    )
+    zeros = flat.shape[1] - rounded.abs_().clamp_(max=1).sum(1)
+    return torch.stack([zeros, torch.full_like(zeros, flat.shape[1]), error, size])
 
 
 def asked_positions(name: str, x: Tensor, batch: Batch) -> Bool[Tensor, "*B"]:
