@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -112,7 +113,7 @@ def open_probes(config: Config, shards: ShardSet, world: World) -> Probes:
     if "pairs" not in shards.validated:
         return Probes()
 
-    def chosen(samples: int) -> list[Rows]:
+    def chosen(samples: int, even: Literal["rows", "positions"]) -> list[Rows]:
         share = -(-samples // world.size)
         micro_batch = min(share, config.micro_batch(world.size))
         return list(
@@ -124,10 +125,12 @@ def open_probes(config: Config, shards: ShardSet, world: World) -> Probes:
                 max_samples=samples,
                 rank=world.rank,
                 world=world.size,
+                even=even,
             ).batches()
         )
 
     few = max(2, min(4, batch // 4), batch // 32)
-    heads = chosen(wandb.probe_samples or few) if wandb.log_attention else []
-    latents = chosen(wandb.latent_samples or max(2, batch // 4)) if wandb.log_features else []
+    # latents of all ranks are gathered, which takes equally many rows of each
+    heads = chosen(wandb.probe_samples or few, "positions") if wandb.log_attention else []
+    latents = chosen(wandb.latent_samples or max(2, batch // 4), "rows") if wandb.log_features else []
     return Probes(tuple(Batch.from_rows(rows, world.device) for rows in heads), tuple(latents))

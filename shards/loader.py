@@ -10,6 +10,7 @@ import math
 import queue
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -253,8 +254,13 @@ class ValidationSet:
         max_samples: int,
         rank: int,
         world: int,
+        even: Literal["rows", "positions"] = "rows",
     ) -> None:
         """Choose at most `max_samples` samples by the hash of their content; damaged ones are left out.
+
+        even: what the ranks share evenly. "rows": `micro_batch` rows each. "positions", for passes whose slowest rank
+        the others wait for: of every micro_batch x world rows, runs of which the largest (rows x longest row) is as
+        small as can be; a rank then has any number of rows, or a masked one where it has none.
 
         Raises DataError when the split holds none of the modality, ValueError on numbers that do not fit.
         """
@@ -263,8 +269,10 @@ class ValidationSet:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if row_tokens < 2 or not 0 <= rank < world:
             raise ValueError(f"row_tokens must be >= 2 and 0 <= rank < world, got {row_tokens}, {rank}, {world}")
+        if even not in ("rows", "positions"):
+            raise ValueError(f'even must be "rows" or "positions", got {even!r}')
         self._readers, self._modality = shards.readers, modality
-        self._micro_batch, self._rank, self._world = micro_batch, rank, world
+        self._micro_batch, self._rank, self._world, self._even = micro_batch, rank, world, even
         candidates = _candidates(shards, modality, CANDIDATES * max_samples)
         if not len(candidates.shard):
             raise DataError(
@@ -336,19 +344,27 @@ class ValidationSet:
         partner = self._permutation() if vision == "permuted" else None
         group = self._micro_batch * self._world
         for start in range(0, len(self._record), group):
-            first = start + self._rank * self._micro_batch
-            here = slice(first, first + self._micro_batch)
-            longest = int(self._lengths[here].max(initial=1))  # of its own rows: the same batch in any world
+            here, size = self._own_of(start)
+            longest = int(self._lengths[here].max(initial=1))  # of its own rows: with even rows the same in any world
             record = self._record[here]
-            offsets = np.minimum(np.arange(self._micro_batch + 1), len(record))
+            offsets = np.minimum(np.arange(size + 1), len(record))
             columns = (self._chosen.shard[record], self._chosen.sample[record], self._starts[here], self._lengths[here])
             plan = RowPlan(self._modality, "validation", False, longest, offsets, *columns)
-            rows = build_rows(self._readers.get, plan, np.arange(first, first + self._micro_batch))
+            rows = build_rows(self._readers.get, plan, np.arange(here.start, here.start + size))
             if partner is not None:
                 for row in np.flatnonzero(rows.valid).tolist():
                     other = int(partner[record[row]])
                     rows.vision[row] = self.vector(other)
             yield rows
+
+    def _own_of(self, start: int) -> tuple[slice, int]:
+        """(this rank's part of the micro-batches of all ranks that begin at row `start`, rows of its micro-batch)"""
+        if self._even == "rows":
+            first = start + self._rank * self._micro_batch
+            return slice(first, first + self._micro_batch), self._micro_batch
+        ends = [0, *even_ends(self._lengths[start : start + self._micro_batch * self._world], self._world)]
+        first, last = start + ends[self._rank], start + ends[self._rank + 1]
+        return slice(first, last), max(1, last - first)  # a pass on every rank, also where there is no row
 
     def _permutation(self) -> np.ndarray:
         """int64: for each chosen sample the one whose vector it gets: by image id, rotated by the largest group."""
@@ -363,6 +379,25 @@ class ValidationSet:
         partner = np.empty_like(order)
         partner[order] = np.roll(order, -most)
         return partner
+
+
+def even_ends(lengths: np.ndarray, parts: int) -> list[int]:
+    """Where each of `parts` runs of rows ends, the largest run as small as can be: its rows times its longest one.
+
+    lengths: int64 [n], n > 0, rising. The last runs may be empty.
+    """
+
+    def ends_within(most: int) -> list[int]:
+        ends, begin = list[int](), 0
+        for end, length in enumerate(lengths.tolist()):
+            if (end + 1 - begin) * length > most:
+                ends.append(end)
+                begin = end
+        return [*ends, len(lengths)]
+
+    sizes = range(int(lengths[-1]), len(lengths) * int(lengths[-1]) + 1)
+    ends = ends_within(sizes[bisect_left(sizes, True, key=lambda most: len(ends_within(most)) <= parts)])
+    return ends + [len(lengths)] * (parts - len(ends))
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from jaxtyping import install_import_hook
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers that share the cores would wait for each other's threads
     torch.set_num_threads(1)
 
-# No example has a deadline: a machine may be busy. `quick` has fewer of what names no number of its own.
-usual = settings.get_profile(settings.get_current_profile_name())
-settings.register_profile("unhurried", usual, deadline=None)
-settings.register_profile("quick", usual, deadline=None, max_examples=25)
+# No example has a deadline: a machine may be busy. `quick`: 25 examples where a test sets no max_examples.
+_USUAL = settings.get_profile(settings.get_current_profile_name())
+settings.register_profile("unhurried", _USUAL, deadline=None)
+settings.register_profile("quick", _USUAL, deadline=None, max_examples=25)
 settings.load_profile("unhurried")
 
 # The hook must stand before the first import of what it checks, and stays for the whole session.

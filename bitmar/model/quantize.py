@@ -100,7 +100,7 @@ def product_type(x: Tensor) -> torch.dtype:
 
 
 def rounded(weight: Tensor, sections: tuple[int, ...], factors: tuple[float, ...], dtype: torch.dtype) -> Rounded:
-    """A weight rounded for products in `dtype`."""
+    """A weight rounded for products in `dtype`; without a gradient of its own."""
     sizes = weight.abs()  # and then w_q: memory that is new costs a CPU more than what is done there
     scales = _mean_sizes(sizes, sections, factors)
     scale = by_row(scales, sections)

@@ -143,8 +143,8 @@ def write_case(world: World) -> dict[str, torch.Tensor]:
     return memory.tensors()
 
 
-def compiled_case(world: World) -> dict[str, Any]:
-    plain = config_of(False, 1, 8, 4)
+def compiled_case(world: World, rounding: bool) -> dict[str, Any]:
+    plain = config_of(rounding, 1, 8, 4)
     return train_case(world, dataclasses.replace(plain, engine=dataclasses.replace(plain.engine, compile=True)))
 
 
@@ -238,10 +238,11 @@ def test_offload_and_hierarchy_take_the_same_steps(alone: dict[str, Any], two: l
     check(two[0][name], reference, rounding=False)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("rounding", [False, True], ids=["exact", "rounded"])
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_take_the_same_steps(alone: dict[str, Any], tmp_path: Path) -> None:
-    check(run_ranks(1, tmp_path, compiled_case)[0], alone[str((False, 0, 8, 4))], rounding=False)
+def test_compiled_blocks_take_the_same_steps(alone: dict[str, Any], tmp_path: Path, rounding: bool) -> None:
+    (case,) = run_ranks(1, tmp_path, compiled_case, rounding)
+    check(case, alone[str((rounding, 0, 8, 4))], rounding)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -339,7 +339,6 @@ leave(0)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["hangs", "closed", "500"])
 def test_a_server_that_turns_bad_costs_a_warning(tmp_path: Path, kind: Useless) -> None:

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitmar.model.quantize import BitLinear, RMSNorm, quantize_activations, ternary, ternary_scale
+from bitmar.model.quantize import BitLinear, RMSNorm, quantize_activations, rounded, ternary, ternary_scale
 
 
 def reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -40,6 +40,15 @@ def test_forward_equals_formula(rows: int, inputs: int, sections: list[int], sca
     x = torch.randn(rows, inputs) * scale
     expected = torch.cat([reference(x, part) for part in layer.weight.detach().split(sections)], dim=1)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rounded_weight_is_the_formulas(dtype: torch.dtype) -> None:
+    weight = torch.randn(50, 40).to(dtype)
+    values, scale, scales = rounded(weight, (30, 20), (), dtype)
+    assert torch.equal(scale, ternary_scale(weight, (30, 20)))
+    assert torch.equal(values, ternary(weight, scale).to(dtype))
+    assert [float(gamma) for gamma in scales] == [float(scale[0]), float(scale[-1])]
 
 
 def test_weights_take_three_values_and_activations_eight_bits() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
+from collections.abc import Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.index import index_path, load_columns
-from shards.loader import CacheOptions, Loader, LoaderState, PhaseSpec, Rows, Shape, ShardSet, ValidationSet
+from shards.loader import CacheOptions, Loader, LoaderState, PhaseSpec, Rows, Shape, ShardSet, ValidationSet, even_ends
 from shards.raw import open_raw
 from shards.record import DataError, image_ids
 from shards.tokenizer import BOS, EOS, TextTokenizer
@@ -419,6 +421,41 @@ def test_validation_holds_the_split_once(small_set: ShardSet, modality: str, wor
     assert sum(int((rows.targets >= 0).sum()) for rows in batches) == expected
     assert len({at for rows in batches for at in rows.rows.tolist()}) == 4 * len(batches)
     assert not any(rows.packed for rows in batches)
+
+
+@pytest.mark.parametrize(("world", "micro_batch", "samples"), [(1, 4, 1000), (2, 4, 1000), (3, 4, 1000), (5, 1, 3)])
+def test_even_positions_are_other_shares_of_the_same_rows(
+    small_set: ShardSet, world: int, micro_batch: int, samples: int
+) -> None:
+    """A pass on every rank: one that has no row gets a masked one."""
+
+    def passes(even: str) -> list[tuple[Rows, ...]]:
+        of = {"micro_batch": micro_batch, "max_samples": samples, "world": world, "even": even}
+        ranks = [validation(small_set, "pairs", rank=rank, **of).batches() for rank in range(world)]
+        return list(zip(*ranks, strict=True))
+
+    counts: list[list[int]] = []
+    for rows, positions in zip(passes("rows"), passes("positions"), strict=True):
+        lengths, same = (np.concatenate([(b.segments[b.valid] > 0).sum(1) for b in of]) for of in (rows, positions))
+        assert np.array_equal(lengths, same)
+        numbers, same = (np.concatenate([batch.rows[batch.valid] for batch in of]) for of in (rows, positions))
+        assert np.array_equal(numbers, same)
+        counts.append([int(batch.valid.sum()) for batch in positions])
+        assert counts[-1] == np.diff(even_ends(lengths, world), prepend=0).tolist()
+        assert [batch.tokens.shape for batch in positions if not batch.valid.any()] == [(1, 1)] * counts[-1].count(0)
+    assert any(len(set(ranks)) > 1 for ranks in counts) == (world > 1)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8).map(sorted), st.integers(1, 5))
+def test_no_other_runs_are_smaller(lengths: list[int], parts: int) -> None:
+    def largest(ends: Sequence[int]) -> int:
+        return max((end - begin) * lengths[end - 1] for begin, end in itertools.pairwise([0, *ends]) if end > begin)
+
+    ends = even_ends(np.array(lengths), parts)
+    assert ends == sorted(ends)
+    assert (len(ends), ends[-1]) == (parts, len(lengths))
+    others = itertools.combinations_with_replacement(range(len(lengths) + 1), parts - 1)
+    assert largest(ends) == min(largest([*inner, len(lengths)]) for inner in others)
 
 
 def test_max_samples_chooses_whole_samples_always_the_same(small_set: ShardSet) -> None:
