@@ -105,7 +105,7 @@ LEAST = Size(slots=1, logs=1, layers=1, heads=1, vision_tokens=2, captions=1, so
         LEAST,
         dataclasses.replace(LARGE, slots=20_000, every=2_000_000, factor=1e6),
         dataclasses.replace(LARGE, logs=80, layers=101, heads=3, factor=1e-6),
-        *(Size(top=top, heads=7) for top in (4, 5)),
+        *(Size(top=top, heads=7) for top in (2, 3, 4, 5)),
     ],
 )
 def test_no_text_lies_on_another_or_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: Size) -> None:

@@ -501,6 +501,8 @@ def test_validation_that_cannot_be(small_set: ShardSet, tmp_path: Path) -> None:
         list(lopsided.batches("permuted"))
     with pytest.raises(DataError, match="text has no vectors"):
         list(validation(small_set, "text").batches("permuted"))
+    with pytest.raises(ValueError, match='even must be "rows" or "positions", got \'tokens\''):
+        validation(small_set, "pairs", even="tokens")
     with pytest.raises(ValueError, match="max_samples must be >= 1, got 0"):
         validation(small_set, "pairs", max_samples=0)
 
