@@ -93,18 +93,19 @@ def fill_losses(s: Statistics, result: StepResult, clip: float, ranks: int) -> N
 
 def fill_latents(s: Statistics, latents: Sequence[Latents]) -> None:
     """Numbers of the latents of the rows that count; of vision and episode, those with an image."""
-    for part in latents:
-        values = (part.text, part.rows), (part.vision, part.pairs), (part.episode, part.pairs)
-        for name, (x, counted) in zip(LATENTS, values, strict=True):
-            chosen = x.double() * counted[:, None]
-            numbers, rows = counted.sum() * x.shape[1], counted.sum()
-            squares = chosen.square()
-            s.add(f"Features/{name}_Mean", chosen.sum(), numbers)
-            s.add(f"Features/{name}_Std", chosen.sum(), numbers, squares.sum())
-            s.add(f"Features/{name}_Norm", squares.sum(1).sqrt().sum(), rows)
-            hidden = ~counted[:, None]
-            s.peak(f"Features/{name}_Min", x.double().masked_fill(hidden, torch.inf).amin(), rows)
-            s.peak(f"Features/{name}_Max", x.double().masked_fill(hidden, -torch.inf).amax(), rows)
+    if not latents:
+        return
+    text, vision, episode, valid, pairs = (torch.cat(parts) for parts in zip(*latents, strict=True))
+    for name, x, counted in zip(LATENTS, (text, vision, episode), (valid, pairs, pairs), strict=True):
+        x = x.float()
+        rows, hidden = counted.sum(), ~counted
+        totals, norms = x.sum(1, dtype=torch.float64), torch.linalg.vector_norm(x, dim=1).double()
+        total, numbers = (totals * counted).sum(), rows * x.shape[1]
+        s.add(f"Features/{name}_Mean", total, numbers)
+        s.add(f"Features/{name}_Std", total, numbers, (norms.square() * counted).sum())
+        s.add(f"Features/{name}_Norm", (norms * counted).sum(), rows)
+        s.peak(f"Features/{name}_Min", x.amin(1).masked_fill(hidden, torch.inf).amin(), rows)
+        s.peak(f"Features/{name}_Max", x.amax(1).masked_fill(hidden, -torch.inf).amax(), rows)
 
 
 def fill_census(s: Statistics, census: Census, config: WandbConfig, skipped: bool) -> None:

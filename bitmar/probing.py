@@ -5,17 +5,18 @@ The same captions at every pass, spread over the ranks; the figures join the sta
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitmar.assembly import Run
 from bitmar.batch import Batch
 from bitmar.engine.census import component_of
+from bitmar.model.quantize import RoundedInput, looked_at
 from bitmar.observability.features import (
     effective_rank,
     principal_plane,
@@ -24,8 +25,8 @@ from bitmar.observability.features import (
     source_consistency,
 )
 from bitmar.observability.probes import (
+    RealPositions,
     RoundingSums,
-    asked_positions,
     fill_heads,
     fill_memory,
     first_caption,
@@ -87,7 +88,7 @@ def pass_heads(run: Run, batch: Batch, shown: bool = False) -> None:
 
     `shown`: its first captions are, in pictures and patterns."""
     s, board, written = run.watch.statistics, run.watch.board, run.memory.written
-    with run.engine.frozen(), RoundingWatch(run, batch):
+    with run.engine.frozen(), watched_rounding(run, batch):
         outputs = run.engine.forward(batch, run.memory, heads=True)
         gradients = torch.autograd.grad(outputs.loss, gates_of(outputs.heads))
     fill_heads(s, outputs.heads, gradients, batch, written)
@@ -105,32 +106,25 @@ def pass_heads(run: Run, batch: Batch, shown: bool = False) -> None:
         board.take_captions(run.progress.step, tokens.cpu().numpy(), seen.float().cpu().numpy())
 
 
-class RoundingWatch:
-    """Looks at the inputs of rounded layers while it is open; at its end they add to Quantization/Activation_*."""
+@contextmanager
+def watched_rounding(run: Run, batch: Batch) -> Iterator[None]:
+    """The inputs of rounded layers in here add to Quantization/Activation_*."""
+    layers = run.engine.rounded if run.config.wandb.log_quantization else []
+    if not layers:
+        yield
+        return
+    components = list(dict.fromkeys(component_of(name) for name, _ in layers))
+    sums, real = RoundingSums(components, run.world.device), RealPositions.of(batch)
 
-    def __init__(self, run: Run, batch: Batch) -> None:
-        self._run, self._batch = run, batch
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._layers = run.engine.rounded if run.config.wandb.log_quantization else []
-        self._components = list(dict.fromkeys(component_of(name) for name, _ in self._layers))
-        self._sums = RoundingSums(self._components, run.world.device)
+    def look(name: str, x: Tensor, rounded: RoundedInput) -> None:
+        sums.add(component_of(name), x, rounded, real.among(name, x))
 
-    def __enter__(self) -> None:
-        for name, module in self._layers:
-            self._handles.append(module.register_forward_pre_hook(functools.partial(self._look, name)))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if self._layers:
-            table = self._sums.fold()
-            for what, (above, below) in {"Zero": (0, 1), "Error": (2, 3)}.items():
-                names = [f"Quantization/Activation_{what}_{title(component)}" for component in self._components]
-                self._run.watch.statistics.add_all(names, table[:, above], table[:, below])
-
-    def _look(self, name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        (x,) = inputs
-        self._sums.add(component_of(name), x, asked_positions(name, x, self._batch))
+    with looked_at(layers, look):
+        yield
+    table = sums.table()
+    for what, (above, below) in {"Zero": (0, 1), "Error": (2, 3)}.items():
+        names = [f"Quantization/Activation_{what}_{title(component)}" for component in components]
+        run.watch.statistics.add_all(names, table[:, above], table[:, below])
 
 
 @torch.no_grad()

@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitmar.batch import Batch
 from bitmar.engine.world import World
@@ -21,7 +20,8 @@ from bitmar.evaluation.perplexity import NATS, TOKENS, Forward, difference
 from bitmar.evaluation.scores import Score, fact, joined, scored
 from bitmar.model.bitmar import BitMar, parameter_sizes, rounded_layers
 from bitmar.model.memory import MemoryState
-from bitmar.observability.probes import asked_positions, rounding_figures
+from bitmar.model.quantize import RoundedInput, looked_at
+from bitmar.observability.probes import RealPositions, rounding_figures
 from shards.rows import Rows
 
 TASK = "quantization"
@@ -90,22 +90,16 @@ def rounding_tables(
     tables = {group: torch.zeros(total, 2, dtype=torch.float64, device=world.device) for group in groups}
     for part in rows:
         batch = Batch.from_rows(part, world.device)
-        look = functools.partial(_look, tables, batch, total)
-        handles = [m.register_forward_pre_hook(functools.partial(look, n)) for n, m in rounded_layers(model)]
-        try:
+        with looked_at(rounded_layers(model), functools.partial(_look, tables, batch, total)):
             forward(batch, memory)
-        finally:
-            for handle in handles:
-                handle.remove()
     return tables
 
 
 def _look(
-    tables: Mapping[str, Tensor], batch: Batch, total: int, name: str, _: nn.Module, inputs: tuple[Any, ...]
+    tables: Mapping[str, Tensor], batch: Batch, total: int, name: str, x: Float[Tensor, "*B I"], rounded: RoundedInput
 ) -> None:
-    (x,) = inputs
-    asked = asked_positions(name, x, batch)
-    figures = rounding_figures(x)[2:] * asked.reshape(-1)  # 2, positions
+    asked = RealPositions.of(batch).among(name, x)
+    figures = torch.stack(rounding_figures(x, rounded)[1:]).square() * asked.reshape(-1)  # 2, positions
     sums = figures.reshape(2, len(batch.rows), -1).sum(2, dtype=torch.float64)
     tables[name.split(".")[0]].index_add_(0, batch.rows.clamp(max=total - 1), sums.T.contiguous())
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bitmar.batch import Packing
-from bitmar.model.quantize import BitLinear, RMSNorm
+from bitmar.model.quantize import BitLinear, RMSNorm, needs_gradient
 from bitmar.model_config import ModelConfig
 
 
@@ -67,7 +67,7 @@ def angles(positions: Int[Tensor, "R T"], head_width: int, base: float) -> Float
 
 def rotate(x: Float[Tensor, "*B E"], positions: Positions) -> Float[Tensor, "*B E"]:
     """Rotary embedding (Su et al. 2021), halves convention."""
-    if not torch.is_grad_enabled():
+    if not needs_gradient(x):
         return _turn(x, positions.cos, positions.sin, 1)
     return _Rotation.apply(x, positions.cos, positions.sin)  # type: ignore[return-value]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitmar.model.attention import LayerHeads, Positions, SelfAttention, Shown
-from bitmar.model.quantize import BitLinear, RMSNorm
+from bitmar.model.quantize import BitLinear, RMSNorm, needs_gradient
 
 
 @dataclass(frozen=True)
@@ -47,24 +47,31 @@ def _shift(x: Int[Tensor, "*N"], bits: int) -> Int[Tensor, "*N"]:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def squared_relu_gate(gate_up: Float[Tensor, "*B M"]) -> Float[Tensor, "*B N"]:
+    """relu(gate)^2 * up of [gate, up] side by side (M = 2 N)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    positive = gate.relu()
+    return positive.mul_(positive).mul_(up)
+
+
 class _SquaredReLUGate(torch.autograd.Function):
-    """relu(gate)^2 * up of [gate, up] side by side, with few passes over memory and one gradient for both."""
+    """`squared_relu_gate` with few passes over memory and one gradient for both."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        positive = gate.relu()
-        return positive.mul_(positive).mul_(up)
+        return squared_relu_gate(gate_up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        grad = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad.chunk(2, dim=-1)
         positive = gate.relu()
         once = positive * grads[0]
+        if torch.compiler.is_compiling():  # which takes no part of a tensor to write to, and needs none
+            return torch.cat([2 * once * up, once * positive], dim=-1)
+        grad = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad.chunk(2, dim=-1)
         torch.mul(once, positive, out=grad_up)
         torch.mul(once.mul_(2), up, out=grad_gate)
         return grad
@@ -80,7 +87,9 @@ class FeedForward(nn.Module):
         self.down = BitLinear(hidden, width, quantized)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return self.down(self.sub_norm(_SquaredReLUGate.apply(self.gate_up(x))))
+        gate_up = self.gate_up(x)
+        hidden = _SquaredReLUGate.apply(gate_up) if needs_gradient(gate_up) else squared_relu_gate(gate_up)
+        return self.down(self.sub_norm(hidden))
 
 
 class Block(nn.Module):

@@ -12,8 +12,10 @@ x_q w_q^T is a sum of whole numbers below 2^24, hence exact in fp32 whatever the
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -107,34 +109,46 @@ def rounded(weight: Tensor, sections: tuple[int, ...], factors: tuple[float, ...
     return Rounded(ternary(weight, scale, sizes if sizes.dtype == scale.dtype else None).to(dtype), scale, scales)
 
 
-class _BitLinear(torch.autograd.Function):
-    """y = x_q w_q^T * gamma * step; backward as if nothing had been rounded but with the rounded operands.
+class RoundedInput(NamedTuple):
+    """x ~ values * step, as `quantize_activations` gives them."""
 
-    `given`: the weight where it is rounded already; it is written over.
-    """
+    values: Float[Tensor, "N I"]
+    step: Float[Tensor, "N 1"]
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        sections: tuple[int, ...],
-        factors: tuple[float, ...],
-        given: Rounded | None,
-    ) -> Tensor:
-        dtype = product_type(x)
-        w_q, scale, _ = given or rounded(weight, sections, factors, dtype)
-        x_q, step = quantize_activations(x)
-        x_q = x_q.to(dtype)  # whole numbers up to 127 are exact in bf16 too
-        y = rescaled(F.linear(x_q, w_q), step, scale, len(sections))
-        # what the backward pass multiplies by: a CPU would convert for longer than it saves memory
-        kept = w_q.mul_(scale) if x.device.type == "cpu" else w_q.to(torch.int8)
-        ctx.save_for_backward(x_q.mul_(step), kept, scale)
-        ctx.input_dtype = x.dtype
-        return y.to(dtype)
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd is to know of what is done with any of them; a call of an autograd.Function takes as long as
+    the arithmetic of a small batch."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def product(x: RoundedInput, weight: Rounded) -> Float[Tensor, "N O"]:
+    """x_q w_q^T * gamma * step, of values in one type, and in that type."""
+    w_q, scale, scales = weight
+    return rescaled(F.linear(x.values, w_q), x.step, scale, len(scales)).to(w_q.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """`product`; backward as if nothing had been rounded but with the rounded operands, which are written over."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rounded_x: RoundedInput, rounded_weight: Rounded) -> Tensor:
+        y = product(rounded_x, rounded_weight)
+        (x_q, step), (w_q, scale, _) = rounded_x, rounded_weight
+        ctx.input_dtype, ctx.is_scaled = x.dtype, False
+        kept_x = kept = None
+        if ctx.needs_input_grad[1]:
+            kept_x = x_q.mul_(step)
+        if ctx.needs_input_grad[0] and x.device.type != "cpu":
+            kept = w_q.to(torch.int8)  # a CPU would convert for longer than it saves memory
+        elif ctx.needs_input_grad[0]:
+            ctx.is_scaled = ctx.needs_input_grad[1]  # of a training step's tokens the gradient has more numbers
+            kept = w_q.mul_(scale) if ctx.is_scaled else w_q
+        ctx.save_for_backward(kept_x, kept, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
         x, kept, scale = ctx.saved_tensors
         grad_x = grad_w = None
@@ -143,8 +157,14 @@ class _BitLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if kept.dtype == torch.int8:
                 kept = (kept * scale).to(grad.dtype)
+            elif not ctx.is_scaled:
+                grad = (grad * scale.T).to(kept.dtype)
             grad_x = (grad @ kept).to(ctx.input_dtype)
-        return grad_x, grad_w, None, None, None
+        return grad_x, grad_w, None, None
+
+
+# Called with a layer's input [*N I] and what it is rounded to, which a layer in training writes over afterwards
+Look = Callable[[Tensor, RoundedInput], None]
 
 
 class BitLinear(nn.Module):
@@ -155,6 +175,8 @@ class BitLinear(nn.Module):
     `quantized=False` is the same map without rounding. The input is expected to be normalised (RMSNorm).
     `factors`: by what a section's mean|W| is multiplied, where heads were pruned from its matrix.
     """
+
+    look: Look | None = None  # of `looked_at`
 
     def __init__(
         self,
@@ -175,15 +197,19 @@ class BitLinear(nn.Module):
         if not self.quantized:
             return F.linear(x, self.weight)
         flat = x.reshape(-1, x.shape[-1])
-        given = self._rounded(product_type(flat)) if self.keeps_scales else None
-        y = _BitLinear.apply(flat, self.weight, self.sections, self.factors, given)
+        dtype = product_type(flat)
+        weight = rounded(self.weight.detach(), self.sections, self.factors, dtype)
+        x_q, step = quantize_activations(flat.detach())
+        if self.keeps_scales:
+            self.scales = weight.scales
+        if self.look is not None:
+            self.look(x.detach(), RoundedInput(x_q, step))
+        inputs = RoundedInput(x_q.to(dtype), step)  # whole numbers up to 127 are exact in bf16 too
+        if needs_gradient(flat, self.weight):
+            y = _Product.apply(flat, self.weight, inputs, weight)
+        else:
+            y = product(inputs, weight)
         return y.reshape(*x.shape[:-1], -1)  # type: ignore[union-attr]
-
-    def _rounded(self, dtype: torch.dtype) -> Rounded:
-        """The weight as it is, its gammas left behind."""
-        found = rounded(self.weight.detach(), self.sections, self.factors, dtype)
-        self.scales = found.scales
-        return found
 
     def section_scales(self) -> Float[Tensor, "S"]:
         """gamma of each section of the current weight; under ZeRO-3 gather the weight first."""
@@ -193,6 +219,21 @@ class BitLinear(nn.Module):
         """(w_q, gamma) of the current weight; under ZeRO-3 gather the weight first."""
         scale = ternary_scale(self.weight.detach(), self.sections, self.factors)
         return ternary(self.weight.detach(), scale), scale
+
+
+@contextmanager
+def looked_at(
+    layers: Iterable[tuple[str, BitLinear]], look: Callable[[str, Tensor, RoundedInput], None]
+) -> Iterator[None]:
+    """In here `look` is called with the name of each layer that rounds its input, and with both."""
+    watched = list(layers)
+    for name, layer in watched:
+        layer.look = functools.partial(look, name)
+    try:
+        yield
+    finally:
+        for _, layer in watched:
+            layer.look = None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -208,7 +249,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N I"]:
         if x.device.type == "cpu" or self.of is not None:  # torch's CPU takes a pass over memory for each operation
-            if not torch.is_grad_enabled():  # a call of an autograd.Function takes as long as all of this
+            if not needs_gradient(x, self.weight):
                 return _normed(x.float(), self.weight, self.of)[0]
             return _RMSNorm.apply(x.float(), self.weight, self.of)  # type: ignore[return-value]
         return super().forward(x.float())
@@ -239,5 +280,6 @@ class _RMSNorm(torch.autograd.Function):
         grad = grads[0].reshape(x.shape)
         products = grad * x
         grad_weight = products.T.mv(root[:, 0]) if ctx.needs_input_grad[1] else None
-        pull = products.mv(weight)[:, None].mul_(root.square()).div_(-ctx.count)
-        return torch.addcmul(grad * weight, x, pull).mul_(root).view(grads[0].shape), grad_weight, None
+        pull = products.mv(weight)[:, None].mul_(root.square())
+        grad_x = torch.addcmul(grad * weight, x, pull, value=-1 / ctx.count).mul_(root)
+        return grad_x.view(grads[0].shape), grad_weight, None

@@ -16,7 +16,7 @@ from torch import Tensor
 from bitmar.batch import Batch
 from bitmar.head_names import CAUSAL, TITLES, HeadName
 from bitmar.model.attention import Heads
-from bitmar.model.quantize import quantize_activations
+from bitmar.model.quantize import RoundedInput
 from bitmar.observability.stats import Statistics
 
 TOP_SHARE = 10  # concentration: the mass on one key in so many
@@ -88,11 +88,12 @@ def _looks(
     if not causal:
         keys = keys * 0 + (weights.shape[-1] if count is None else count)
     most = (-(-keys // TOP_SHARE) - 1).clamp(min=0)[None, None, :, None].expand(*w.shape[:3], 1)
-    concentration = weights.sort(-1, descending=True).values.cumsum(-1).gather(-1, most)[..., 0]
+    largest = weights.topk(max(1, -(-weights.shape[-1] // TOP_SHARE)), -1).values
+    concentration = largest.cumsum(-1).gather(-1, most)[..., 0]
     places = torch.arange(weights.shape[-1], device=w.device)
     far = (torch.arange(w.shape[2], device=w.device)[:, None] - places).abs()
     values = (torch.special.entr(w).sum(-1), concentration, (weights * far).sum(-1), weights[..., 0])
-    return tuple((value.double() * asked[:, None]).sum((0, 2)) for value in values)
+    return (torch.stack(values).double() * asked[:, None]).sum((1, 3)).unbind()
 
 
 def fill_heads(
@@ -156,54 +157,58 @@ def fill_memory(
 
 
 class RoundingSums:
-    """Adds up `rounding_figures` by component. Inputs are kept until there are enough to be looked at together."""
-
-    TOGETHER = 2**22  # numbers
+    """Adds up by component what rounding does to the inputs of quantised layers."""
 
     def __init__(self, components: Sequence[str], device: torch.device) -> None:
-        self.table = torch.zeros(len(components), 4, dtype=torch.float64, device=device)
-        self._rows = {name: row for row, name in enumerate(components)}
-        self._kept: dict[int, list[tuple[int, Tensor, Tensor]]] = {}  # by width
-        self._numbers = 0
+        self._components, self._device = components, device
+        self._kept: dict[int, list[tuple[int, int, tuple[Tensor, ...], Tensor]]] = {}  # by tokens
 
-    def add(self, component: str, x: Float[Tensor, "*B I"], asked: Bool[Tensor, "*B"]) -> None:
+    def add(self, component: str, x: Float[Tensor, "*B I"], rounded: RoundedInput, asked: Bool[Tensor, "*B"]) -> None:
         """Look at an input of a layer, where `asked`."""
-        kept = self._kept.setdefault(x.shape[-1], [])
-        kept.append((self._rows[component], x.detach().reshape(-1, x.shape[-1]), asked.reshape(-1)))
-        self._numbers += x.numel()
-        if self._numbers > self.TOGETHER:
-            self.fold()
+        found, row = rounding_figures(x, rounded), self._components.index(component)
+        self._kept.setdefault(len(rounded.step), []).append((row, x.shape[-1], found, asked.reshape(-1)))
 
-    def fold(self) -> Float[Tensor, "C 4"]:
-        """The sums of all that was added."""
+    def table(self) -> Float[Tensor, "C 4"]:
+        """Of all that was added: numbers that round to 0, numbers, squared rounding error, squared numbers; fp64."""
+        table = torch.zeros(len(self._components), 4, dtype=torch.float64, device=self._device)
         for parts in self._kept.values():
-            rows, inputs, asked = zip(*parts, strict=True)
-            owners = torch.tensor(rows).repeat_interleave(torch.tensor([len(x) for x in inputs]))
-            figures = rounding_figures(torch.cat(inputs)) * torch.cat(asked)
-            self.table.index_add_(0, owners.to(self.table.device), figures.T.double())
-        self._kept, self._numbers = {}, 0
-        return self.table
+            rows, widths, found, asked = zip(*parts, strict=True)
+            counted = torch.stack(asked).double()
+            others, error, size = (torch.stack(column).double() for column in zip(*found, strict=True))
+            numbers = counted.sum(1) * torch.tensor(widths, device=self._device)
+            zeros = numbers - (others * counted).sum(1)
+            squares = [(norms.square() * counted).sum(1) for norms in (error, size)]
+            table.index_add_(0, torch.tensor(rows, device=self._device), torch.stack([zeros, numbers, *squares], 1))
+        return table
 
 
-def rounding_figures(x: Float[Tensor, "*B I"]) -> Float[Tensor, "4 N"]:
-    """(numbers that round to 0, numbers, squared rounding error, squared numbers) of each token of a quantised layer's
-    input.
+def rounding_figures(x: Float[Tensor, "*B I"], rounded: RoundedInput) -> tuple[Float[Tensor, "N"], ...]:
+    """(numbers that do not round to 0, norm of the rounding error, norm of the numbers) of each token of a quantised
+    layer's input.
 
-    x_q = round(127 x / max|x|), one step a token (bitmar/model/quantize.py).
+    A token's rounding error is x - x_q * step (bitmar/model/quantize.py).
     """
-    flat = x.detach().reshape(-1, x.shape[-1]).float()
-    rounded, step = quantize_activations(flat)
-    error, size = (
-        torch.linalg.vector_norm(of, dim=1).square_() for of in (torch.addcmul(flat, rounded, step, value=-1), flat)
-    )
-    zeros = flat.shape[1] - rounded.abs_().clamp_(max=1).sum(1)
-    return torch.stack([zeros, torch.full_like(zeros, flat.shape[1]), error, size])
+    flat = x.reshape(-1, x.shape[-1]).float()
+    error = torch.addcmul(flat, rounded.values, rounded.step, value=-1)
+    norm = torch.linalg.vector_norm
+    return rounded.values.abs().clamp_(max=1).sum(1), norm(error, dim=1), norm(flat, dim=1)
 
 
-def asked_positions(name: str, x: Tensor, batch: Batch) -> Bool[Tensor, "*B"]:
-    """Which positions, captions or vision tokens of the input `x` of a layer called `name` are real."""
-    if x.ndim == 2:
-        return batch.pair_mask
-    if name.startswith("vision.") or name.endswith(".key_value"):
-        return batch.pair_mask[:, None].expand(x.shape[:2])
-    return batch.token_mask
+@dataclass(frozen=True)
+class RealPositions:
+    """What of a batch is real, to be asked for the inputs of many layers."""
+
+    tokens: Bool[Tensor, "B T"]
+    captions: Bool[Tensor, "N"]
+
+    @classmethod
+    def of(cls, batch: Batch) -> RealPositions:
+        return cls(batch.token_mask, batch.pair_mask)
+
+    def among(self, name: str, x: Tensor) -> Bool[Tensor, "*B"]:
+        """Which positions, captions or vision tokens of the input `x` of a layer called `name`."""
+        if x.ndim == 2:
+            return self.captions
+        if name.startswith("vision.") or name.endswith(".key_value"):
+            return self.captions[:, None].expand(x.shape[:2])
+        return self.tokens

@@ -11,7 +11,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitmar.model.quantize import BitLinear, RMSNorm, quantize_activations, rounded, ternary, ternary_scale
+from bitmar.model.quantize import (
+    BitLinear,
+    RMSNorm,
+    RoundedInput,
+    looked_at,
+    quantize_activations,
+    rounded,
+    ternary,
+    ternary_scale,
+)
 
 
 def reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -104,6 +113,42 @@ def test_kept_scales_change_no_bit() -> None:
     with torch.no_grad():
         layer.weight.mul_(2)
     assert torch.equal(torch.stack(layer.scales), scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_layer_hands_on_the_same_gradient(dtype: torch.dtype) -> None:
+    """It scales the gradient instead of the weight, which rounds differently; what it gives keeps every bit."""
+    torch.manual_seed(0)
+    layer, x = BitLinear(12, (5, 3)), torch.randn(7, 12, requires_grad=True)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        trained = layer(x)
+        grad = torch.randn_like(trained)
+        expected, _ = torch.autograd.grad(trained, (x, layer.weight), grad)
+        layer.weight.requires_grad_(False)
+        frozen = layer(x)
+    assert torch.equal(frozen, trained)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(torch.autograd.grad(frozen, x, grad)[0], expected, rtol=4 * eps, atol=4 * eps)
+    assert torch.equal(layer(x.detach()), layer(x)), "what needs no gradient is the same product"
+
+
+def test_a_layer_that_is_looked_at_shows_what_it_multiplies_by() -> None:
+    torch.manual_seed(0)
+    layers = {"first": BitLinear(12, 5), "second": BitLinear(12, 4)}
+    x, products = torch.randn(2, 7, 12, requires_grad=True), dict[str, torch.Tensor]()
+
+    def look(name: str, shown: torch.Tensor, rounded_input: RoundedInput) -> None:
+        assert torch.equal(shown, x)
+        assert not shown.requires_grad
+        w_q, gamma = layers[name].ternary_weight()
+        products[name] = rounded_input.values @ w_q.T * rounded_input.step * gamma.T
+
+    with looked_at(layers.items(), look):
+        found = {name: layer(x) for name, layer in layers.items()}
+    for name, y in found.items():
+        torch.testing.assert_close(products.pop(name).view_as(y), y)
+        layers[name](x)
+    assert not products, "it is looked at inside alone"
 
 
 @pytest.mark.parametrize("of", [None, 9])
