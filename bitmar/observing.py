@@ -122,9 +122,8 @@ def fill_census(s: Statistics, census: Census, config: WandbConfig, skipped: boo
         s.add_all([f"Gradients/{name}_Std" for name in names], g[:, 0], sizes, g[:, 1])
         s.add("Gradients/Total_Mean", total[0], sizes.sum())
         s.add("Gradients/Total_Std", total[0], sizes.sum(), total[1])
-        s.peak("Gradients/Total_Max", g[:, 2].amax())
-        for row, name in enumerate(names):
-            s.peak(f"Gradients/{name}_Max", g[row, 2])
+        largest = torch.cat([g[:, 2], g[:, 2].amax(0, keepdim=True)])
+        s.peak_all([f"Gradients/{name}_Max" for name in (*names, "Total")], largest)
         updates = census.updates
         s.add_all([f"Gradients/{name}_Update_To_Weight" for name in names], updates[:, 0], updates[:, 1])
         s.add("Gradients/Update_To_Weight", *updates.sum(0))

@@ -105,14 +105,15 @@ def gradient_sums(pieces: Iterable[Fragment], device: torch.device) -> tuple[Ten
     numbers, owners, sizes = list[Tensor](), list[int](), torch.zeros(len(COMPONENTS), dtype=torch.float64)
     for owner, (g,) in _joined((_row_of(piece.name), [piece.tensors["gradient"]]) for piece in pieces):
         sizes[owner] += len(g)
-        total, largest = g.sum(), torch.maximum(g.amax(), -g.amin())  # torch.aminmax takes longer on a CPU
-        numbers += [total, torch.dot(g, g), largest, _nonfinite(g, total)]
+        total = g.sum()
+        numbers += [total, torch.dot(g, g), g.amax(), g.amin(), _nonfinite(g, total)]  # aminmax is slower on a CPU
         owners.append(owner)
     out = torch.zeros(len(COMPONENTS), 4, dtype=torch.float64, device=device)
     if owners:
-        table, of = _table(numbers, 4, device), torch.tensor(owners, device=device)
-        largest = out[:, 2].scatter_reduce(0, of, table[:, 2], "amax")  # hands NaN on
-        out.index_add_(0, of, table)
+        of = torch.tensor(owners, device=device)
+        total, squares, highest, lowest, nonfinite = _table(numbers, 5, device).unbind(1)
+        largest = out[:, 2].scatter_reduce(0, of, torch.maximum(highest, -lowest), "amax")  # hands NaN on
+        out.index_add_(0, of, torch.stack([total, squares, highest, nonfinite], 1))
         out[:, 2] = largest
     return out, sizes.to(device)
 

@@ -168,22 +168,23 @@ class Shown:
         return self._edits[len(self.layers) - 1](gated) if self._edits else gated
 
 
-def shown_attention(
+def show(
     query: Float[Tensor, "B H T E"],
     key: Float[Tensor, "B H S E"],
-    value: Float[Tensor, "B H S E"],
+    mixed: Float[Tensor, "B H T E"],
     allowed: Bool[Tensor, "#B 1 T S"] | None,
     shown: Shown,
     heads: LayerHeads,
 ) -> Float[Tensor, "B H T E"]:
-    """Scaled dot-product attention in plain operations, whose weights and gates go to `shown`."""
-    with torch.autocast(query.device.type, enabled=False):  # whose products and weights would be of the lower precision
-        scores = query.float() @ key.float().mT / query.shape[-1] ** 0.5
+    """The weights behind `mixed`, what attention gave, and its gates go to `shown`. Weights need no gradient: the
+    loss's by the gates goes through `mixed`."""
+    gates = head_gates(query)
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):  # in which they would be of less precision
+        scores = (query.float() @ key.float().mT).div_(query.shape[-1] ** 0.5)
         if allowed is not None:
-            scores = scores.masked_fill(~allowed, float("-inf"))
+            scores.masked_fill_(~allowed, float("-inf"))
         weights = scores.softmax(-1)
-    mixed = weights.to(value.dtype) @ value
-    return shown.take(Heads(weights.detach(), mixed.detach(), head_gates(query), heads.kept, heads.whole), mixed)
+    return shown.take(Heads(weights, mixed.detach(), gates, heads.kept, heads.whole), mixed)
 
 
 def head_gates(x: Float[Tensor, "B H *D"]) -> Float[Tensor, "B H"]:
@@ -236,12 +237,11 @@ class SelfAttention(nn.Module):
             query_key, mask = rotate(query_key, positions), positions.mask
         query, key = query_key.chunk(2, dim=1)
         causal = positions is not None and mask is None
-        if shown is None:
-            mixed = self.attend(query, key, value, attn_mask=mask, is_causal=causal)
-        else:
+        mixed = self.attend(query, key, value, attn_mask=mask, is_causal=causal)
+        if shown is not None:
             if causal:
                 mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, None]
-            mixed = shown_attention(query, key, value, mask, shown, self.layer)
+            mixed = show(query, key, mixed, mask, shown, self.layer)
         return self.output(self.sub_norm(masked(mixed.transpose(1, 2).flatten(2), self.mask)))
 
     def _within_captions(
@@ -285,10 +285,9 @@ class CrossAttention(nn.Module):
             return self.output(self.sub_norm(masked(found, self.mask)))
         query = split_heads(self.query(x), self.heads)
         key, value = (split_heads(part, self.heads) for part in self.key_value(source).chunk(2, dim=-1))
-        if shown is None:
-            mixed = attend(query, key, value)
-        else:
-            mixed = shown_attention(query, key, value, None, shown, self.layer)
+        mixed = attend(query, key, value)
+        if shown is not None:
+            mixed = show(query, key, mixed, None, shown, self.layer)
         return self.output(self.sub_norm(masked(mixed.transpose(1, 2).flatten(2), self.mask)))
 
     def _within_captions(

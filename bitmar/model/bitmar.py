@@ -94,8 +94,8 @@ class BitMar(nn.Module):
 
         `memory` is read and never changed; `recall` also writes the captions' episodes to copies of it and reads
         them back from one modality alone. `logits` keeps those of all positions, which the losses do without. `entropy`
-        takes that of the predictions; `heads` shows what each head does, in plain operations instead of fused ones, and
-        `edits` change what they hand on: kind of attention -> an edit for each of its layers.
+        takes that of the predictions; `heads` shows what each head does, and `edits` change what they hand on: kind of
+        attention -> an edit for each of its layers.
         """
         bf16 = self.compute_dtype == torch.bfloat16
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=bf16):

@@ -27,25 +27,32 @@ class Slots:
     def __init__(self, length: int, device: torch.device) -> None:
         self._device = torch.zeros(length, dtype=torch.float64, device=device)
         self._host = np.zeros(length)
+        self._put = set[int]()  # where a tensor was put
 
     def add(self, at: slice, value: Tensor | float) -> None:
-        """Add a number, or a tensor of as many as `at` has slots."""
-        if isinstance(value, Tensor):
-            self._device[at].add_(value.detach().reshape(-1).to(self._device.device))
-        else:
+        """Add a number, or a detached tensor of as many as `at` has slots."""
+        if not isinstance(value, Tensor):
             self._host[at] += value
+        elif value.ndim == 0:
+            self._device[at].add_(value)
+        else:
+            self._device[at].add_(value.reshape(-1).to(self._device.device))
 
     def add_at(self, index: Tensor, values: Tensor) -> None:
         """Add a tensor of numbers to as many slots, in one operation."""
         self._device.index_add_(0, index, values.detach().to(torch.float64))
 
     def put(self, at: slice, value: Tensor | float) -> None:
-        """Set slots to a number, or to a tensor of as many."""
-        self._host[at] = 0.0
+        """Set slots to a number, or to a detached tensor of as many."""
         if isinstance(value, Tensor):
-            self._device[at].copy_(value.detach().reshape(-1))
+            self._host[at] = 0.0
+            self._device[at].copy_(value.reshape(-1))
+            self._put.add(at.start)
         else:
-            self._device[at].fill_(value)
+            self._host[at] = value
+            if at.start in self._put:
+                self._device[at].zero_()
+                self._put.discard(at.start)
 
     def total(self) -> Tensor:
         """What both hold, on the device."""
@@ -60,6 +67,7 @@ class Slots:
         """Set all to 0."""
         self._device.zero_()
         self._host.fill(0.0)
+        self._put.clear()
 
 
 class Statistics:
@@ -151,6 +159,17 @@ class Statistics:
         torch.maximum(extreme, shown, out=extreme)  # hands NaN on
         self.extreme_counts.add(slice(slot, slot + 1), _scalar(name, count))
 
+    def peak_all(self, names: Sequence[str], values: Tensor) -> None:
+        """`peak` for many MAX metrics at once: `values` [n] on the device, each of count 1. Raises as `add`."""
+        key = ("peak_all", *names)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(
+                [self._find(name, (Reduction.MAX,)) for name in names], device=self.device
+            )
+        slots, shown = self._indices[key], values.detach().to(torch.float64)
+        self.extremes.index_copy_(0, slots, torch.maximum(self.extremes[slots], shown))  # hands NaN on
+        self.extreme_counts.add_at(slots, torch.ones_like(shown))
+
     def same(self, name: str, value: Tensor | float) -> None:
         """Set a SAME metric; the last value set before the log counts. Raises as `add`."""
         slot = self._find(name, (Reduction.SAME,))
@@ -180,7 +199,7 @@ class Statistics:
         if not isinstance(value, Tensor) or value.shape != shape:
             told = tuple(value.shape) if isinstance(value, Tensor) else value
             raise ValueError(f"{name!r} takes an array of shape {shape}, got {told}")
-        return value
+        return value.detach()
 
 
 def _scalar(name: str, value: Tensor | float) -> Tensor | float:
@@ -189,4 +208,4 @@ def _scalar(name: str, value: Tensor | float) -> Tensor | float:
         return float(value)
     if value.numel() != 1:
         raise ValueError(f"{name!r} takes one number, got a tensor of shape {tuple(value.shape)}")
-    return value.detach().reshape(())
+    return value.detach() if value.ndim == 0 else value.detach().reshape(())

@@ -165,6 +165,28 @@ def test_many_at_once_are_as_one_by_one() -> None:
     assert numbers(once) == numbers(singly) != {}
 
 
+def test_many_peaks_at_once_are_as_one_by_one() -> None:
+    names = [f"Gradients/{part}_Max" for part in ("Encoder", "Vision", "Decoder")]
+    once, singly = Statistics(), Statistics()
+    for values in ([1.0, -2, 3], [0.5, -1, math.inf], [2.0, -3, 4]):
+        once.peak_all(names, torch.tensor(values))
+        for name, value in zip(names, values, strict=True):
+            singly.peak(name, value)
+    assert numbers(once) == numbers(singly) == dict(zip(names, [2.0, -1, math.inf], strict=True))
+    once.peak_all(names[:1], torch.tensor([math.nan]))
+    assert math.isnan(numbers(once)[names[0]])
+    with pytest.raises(ValueError, match="Gradients/Encoder_Norm"):
+        once.peak_all(["Gradients/Encoder_Norm"], torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("values", [(1.0, torch.tensor(2.0)), (torch.tensor(math.nan), 2.0), (math.nan, 1, 2.0)])
+def test_the_last_value_counts_whichever_kind_it_is(values: tuple[float | torch.Tensor, ...]) -> None:
+    stats = small(Reduction.SAME)
+    for value in values:
+        stats.same("Data/SAME", value)
+    assert numbers(stats) == {"Data/SAME": 2.0}
+
+
 def test_an_extreme_of_nothing_is_absent() -> None:
     stats = small(Reduction.MAX, Reduction.MIN)
     stats.peak("Data/MAX", torch.tensor(-math.inf), torch.tensor(0))
