@@ -163,10 +163,6 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_w, None, None
 
 
-# Called with a layer's input [*N I] and what it is rounded to, which a layer in training writes over afterwards
-Look = Callable[[Tensor, RoundedInput], None]
-
-
 class BitLinear(nn.Module):
     """A linear map without bias whose weight is rounded to three values in every forward pass.
 
@@ -176,7 +172,7 @@ class BitLinear(nn.Module):
     `factors`: by what a section's mean|W| is multiplied, where heads were pruned from its matrix.
     """
 
-    look: Look | None = None  # of `looked_at`
+    look: Callable[[Tensor, RoundedInput], None] | None = None  # of `looked_at`
 
     def __init__(
         self,
@@ -199,12 +195,12 @@ class BitLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         dtype = product_type(flat)
         weight = rounded(self.weight.detach(), self.sections, self.factors, dtype)
-        x_q, step = quantize_activations(flat.detach())
+        inputs = RoundedInput(*quantize_activations(flat.detach()))
         if self.keeps_scales:
             self.scales = weight.scales
         if self.look is not None:
-            self.look(x.detach(), RoundedInput(x_q, step))
-        inputs = RoundedInput(x_q.to(dtype), step)  # whole numbers up to 127 are exact in bf16 too
+            self.look(x.detach(), inputs)
+        inputs = inputs._replace(values=inputs.values.to(dtype))  # whole numbers up to 127 are exact in bf16 too
         if needs_gradient(flat, self.weight):
             y = _Product.apply(flat, self.weight, inputs, weight)
         else:
@@ -225,7 +221,8 @@ class BitLinear(nn.Module):
 def looked_at(
     layers: Iterable[tuple[str, BitLinear]], look: Callable[[str, Tensor, RoundedInput], None]
 ) -> Iterator[None]:
-    """In here `look` is called with the name of each layer that rounds its input, and with both."""
+    """In here `look` is called with the name of each layer, its input [*N I] and what that is rounded to. A layer in
+    training writes over the latter afterwards."""
     watched = list(layers)
     for name, layer in watched:
         layer.look = functools.partial(look, name)
